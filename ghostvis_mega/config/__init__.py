@@ -1,0 +1,1 @@
+"""Settings of a run: typed, checked as a whole before anything starts."""

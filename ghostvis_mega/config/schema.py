@@ -1,0 +1,226 @@
+"""What a run is: frozen, typed settings, one class a YAML section.
+
+Only the type and range of single fields is checked here; rules between fields live in `rules.py`,
+so that one report can hold all of them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+MODULES = ("llm", "vision", "resampler", "projector")
+"""The parts of a model that can be frozen and have a learning rate of their own."""
+
+Module = Literal["llm", "vision", "resampler", "projector"]
+
+
+class Section(BaseModel):
+    """A frozen section that knows all of its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class LLMConfig(Section):
+    """Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, no bias but QKV's."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    ffn_hidden_size: Positive
+    vocab_size: Positive
+    max_positions: Positive
+    rope_base: Annotated[float, Field(gt=0)] = 1_000_000.0
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    qkv_bias: bool = True
+    tied_embeddings: bool = True
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+
+class VisionConfig(Section):
+    """SigLIP or CLIP vision tower, as transformers builds it."""
+
+    kind: Literal["siglip", "clip"]
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    ffn_hidden_size: Positive
+    image_size: Positive
+    patch_size: Positive
+    feature_layer: int = -1
+    """Which hidden state feeds the connector: -1 the last layer's output, -2 the one before (LLaVA's CLIP)."""
+    post_norm: bool = False
+    """Whether the tower's final LayerNorm is applied; LLaVA-style checkpoints do not (see docs of `convert`)."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, without CLIP's class token."""
+        return self.grid**2
+
+
+class ConnectorConfig(Section):
+    """What turns tower features into LLM embeddings."""
+
+    kind: Literal["mlp", "avgpool_mlp", "perceiver_mlp"]
+    tokens_per_image: Positive | None = None
+    """Embeddings an image; `mlp` has one a patch and leaves this empty."""
+    num_layers: Positive = 2
+    num_heads: Positive = 8
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+
+class ModelConfig(Section):
+    """The model. `preset` fills the parts; keys beside it override the preset's."""
+
+    preset: str | None = None
+    llm: LLMConfig
+    vision: VisionConfig | None = None
+    connector: ConnectorConfig | None = None
+
+    @property
+    def tokens_per_image(self) -> int:
+        """LLM positions that one image takes; 0 without a vision part."""
+        if self.vision is None or self.connector is None:
+            return 0
+        return self.connector.tokens_per_image or self.vision.num_patches
+
+
+class DataConfig(Section):
+    """Where samples come from and how they become sequences."""
+
+    train: Path
+    """Directory of a prepared dataset (`NAME.gvd`)."""
+    heldout: Path | None = None
+    """Prepared dataset that is never trained on: previews and the accuracy at the end."""
+    tokenizer: Path | None = None
+    """Tokenizer file; by default the one that the dataset was tokenised with."""
+    seq_length: Positive
+    packing: bool = True
+    """True: several samples share a sequence, apart in attention and positions. False: one a row, padded."""
+    augment: bool = False
+    """Random flips and shifts of the pictures, a function of (seed, epoch, image) alone."""
+    num_workers: NonNegative = 0
+
+
+class BatchConfig(Section):
+    """Sequences (packs, or rows without packing) of one optimizer step."""
+
+    global_size: Positive
+    micro_size: Positive = 1
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism of the LLM; what is left of the world is data-parallel."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    virtual_pipeline: Positive = 1
+    """Model chunks a pipeline stage (interleaved schedule); 1 is plain 1F1B."""
+    context: Positive = 1
+    sequence_parallel: bool = True
+    """Split activations along the sequence between tensor-parallel ranks; no effect with tensor=1."""
+
+
+class TowerConfig(Section):
+    """How the vision tower runs; it is replicated and its images are spread over all ranks."""
+
+    backward: Literal["recompute", "keep"] = "recompute"
+    """`recompute` runs the forward twice and keeps no activations during the LLM; `keep` the opposite."""
+    images_per_forward: Positive = 64
+
+
+class LearningRates(Section):
+    """Peak learning rate of each module."""
+
+    llm: Annotated[float, Field(ge=0)] = 1e-4
+    vision: Annotated[float, Field(ge=0)] = 1e-5
+    resampler: Annotated[float, Field(ge=0)] = 3e-5
+    projector: Annotated[float, Field(ge=0)] = 5e-5
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule and the gradient clip."""
+
+    lr: LearningRates = LearningRates()
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Applied to matrices only: not to biases, norms, or embeddings of positions and latents."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm over LLM, tower and connector together; 0 does not clip."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    min_lr_ratio: Fraction = 0.1
+
+
+class DeepSpeedConfig(Section):
+    """DeepSpeed JSON files of the two engines, as users know them ("auto" values are filled in)."""
+
+    llm: Path
+    vision: Path | None = None
+    """Empty: the LLM's file serves both."""
+
+
+class TrainConfig(Section):
+    """The run itself."""
+
+    steps: Positive
+    seed: NonNegative = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    freeze: tuple[Module, ...] = ()
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing of the LLM."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """A collective that waits longer is a hang: the run stops and names the rank."""
+
+
+class CheckpointConfig(Section):
+    """When to save and where to start from."""
+
+    save_every: NonNegative = 0
+    """Steps between saves; 0 saves at the end only."""
+    keep: Positive = 2
+    resume: str = "auto"
+    """`auto`: the newest checkpoint of this run, if any; `none`: start anew; else a checkpoint's path."""
+
+
+class LogConfig(Section):
+    """What is written while training; everything lands under `output`."""
+
+    output: Path
+    every: Positive = 1
+    tensorboard: bool = False
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    preview_steps: tuple[NonNegative, ...] = ()
+    preview_samples: NonNegative = 8
+    evaluate: bool = False
+    """Answer every held-out question at the end and print the accuracy."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    tower: TowerConfig = TowerConfig()
+    optim: OptimConfig = OptimConfig()
+    deepspeed: DeepSpeedConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig

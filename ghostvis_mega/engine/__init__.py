@@ -1,0 +1,1 @@
+"""One optimizer step over all ranks: schedule, gradient finishing, ZeRO, norm, clip."""

@@ -1,0 +1,1 @@
+"""Who holds what: layout, process groups, image owners, the exchange of embeddings."""

@@ -1,0 +1,1 @@
+"""Hardware peaks, estimates and benchmarks."""
