@@ -1,0 +1,104 @@
+# `make demo` and `make test` work on a bare machine: both make .venv by themselves, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help env test demo clean find-python
+
+# An interpreter of your choice: make env PYTHON=/path/to/python3.12
+PYTHON ?=
+PYTEST_ARGS ?= -q
+DEMO := runs/demo
+PYENV_PYTHONS := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python)
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3 python $(PYENV_PYTHONS))
+
+PROBE := import sys; print("%d.%d.%d" % sys.version_info[:3]); import venv, ensurepip
+
+# Sets $$python to the first candidate that is 3.12 or newer and can make environments.
+define FIND_PYTHON
+python=""
+tried=""
+for candidate in $(CANDIDATES); do
+    if ! found=$$(command -v "$$candidate"); then
+        tried="$$tried, $$candidate not found"
+    elif version=$$("$$found" -c '$(PROBE)' 2>/dev/null); then
+        IFS=. read -r major minor _ <<< "$$version"
+        if (( major > 3 || (major == 3 && minor >= 12) )); then python="$$found"; break; fi
+        tried="$$tried, $$candidate is $$version"
+    else
+        tried="$$tried, $$candidate cannot make environments (no venv module) or does not run"
+    fi
+done
+if [ -z "$$python" ]; then
+    echo "error: no Python >= 3.12 found ($${tried#, }); install one (pyenv install 3.12, or" \
+         "apt install python3.12-venv) or name it: make env PYTHON=/path/to/python3.12" >&2
+    exit 2
+fi
+endef
+
+# Without a GPU: one thread a process (two processes share few cores) and DeepSpeed's CPU back end.
+define DEVICE_ENV
+export PATH="$(CURDIR)/.venv/bin:$$PATH"
+gpus=0
+if listing=$$(nvidia-smi -L 2>/dev/null); then gpus=$$(grep -c '^GPU' <<< "$$listing" || true); fi
+export OMP_NUM_THREADS=1
+if [ "$$gpus" = 0 ]; then export DS_ACCELERATOR=cpu; fi
+endef
+
+help:
+	echo "make demo   train a small vision-language model on pictures, report in $(DEMO)/report"
+	echo "make test   style check and tests"
+	echo "make env    the environment in .venv alone"
+	echo "make clean  remove .venv, runs/ and caches"
+
+find-python:
+	$(FIND_PYTHON)
+	echo "$$python"
+
+# The stamp holds a hash of what decides the dependencies, so a fresh checkout time changes nothing.
+env:
+	want=$$(cat setup.py pyproject.toml .python-version | sha256sum | cut -d' ' -f1)
+	stamp=.venv/.dependencies
+	if [ -f $$stamp ] && [ "$$(cat $$stamp)" = "$$want" ]; then exit 0; fi
+	started=$$(date +%s)
+	if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+	    $(FIND_PYTHON)
+	    echo "env: making .venv with $$python"
+	    "$$python" -m venv --clear .venv
+	fi
+	echo "env: installing the dependencies (once, some minutes and 6 GB)"
+	rm -f $$stamp
+	# DeepSpeed's own kernels are built when first used, not at install time.
+	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --editable '.[demo,dev]'
+	echo "$$want" > $$stamp
+	echo "env: ready after $$(( $$(date +%s) - started )) s"
+
+test: env
+	$(DEVICE_ENV)
+	echo "test: ruff"
+	ruff check --quiet .
+	echo "test: pytest"
+	python -m pytest $(PYTEST_ARGS)
+
+demo:
+	export GHOSTVIS_DEMO_STARTED=$$(date +%s)
+	$(MAKE) env
+	$(DEVICE_ENV)
+	processes=2
+	if [ "$$gpus" = 1 ]; then processes=1; fi
+	mkdir -p $(DEMO)
+	echo "demo: tokenizer and pictures"
+	python -m tools.preprocess train-tokenizer easy-vqa --output $(DEMO)/tokenizer.model
+	for split in train test; do
+	    python -m tools.preprocess ingest easy-vqa --split $$split \
+	        --tokenizer $(DEMO)/tokenizer.model --output $(DEMO)/$$split.gvd
+	done
+	echo "demo: training on $$processes processes"
+	port=$$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+	deepspeed --num_accelerators $$processes --master_port $$port \
+	    examples/pretrain_vlm.py --config examples/configs/vlm_tiny_easyvqa.yaml
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache build ./*.egg-info
