@@ -70,7 +70,7 @@ env:
 	echo "env: installing the dependencies (once, some minutes and 6 GB)"
 	rm -f $$stamp
 	# DeepSpeed's own kernels are built when first used, not at install time.
-	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	DS_BUILD_OPS=0 .venv/bin/python -m pip install -qq --disable-pip-version-check \
 	    --editable '.[demo,dev]'
 	echo "$$want" > $$stamp
 	echo "env: ready after $$(( $$(date +%s) - started )) s"
