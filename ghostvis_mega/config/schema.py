@@ -5,9 +5,10 @@ so that one report can hold all of them.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -22,11 +23,22 @@ Module = Literal["llm", "vision", "resampler", "projector"]
 class Section(BaseModel):
     """A frozen section that knows all of its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would read `steps: true` as 1.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind in (int, float):
+            raise PydanticCustomError("float_type", "not a number")
+        return value
 
 
 class LLMConfig(Section):
-    """Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, no bias but QKV's."""
+    """Decoder-only transformer: RMSNorm, rotary positions, grouped queries, no bias but QKV's."""
 
     num_layers: Positive
     hidden_size: Positive
@@ -55,9 +67,9 @@ class VisionConfig(Section):
     image_size: Positive
     patch_size: Positive
     feature_layer: int = -1
-    """Which hidden state feeds the connector: -1 the last layer's output, -2 the one before (LLaVA's CLIP)."""
+    """What feeds the connector: -1 the last layer's output, -2 the one before (LLaVA's CLIP)."""
     post_norm: bool = False
-    """Whether the tower's final LayerNorm is applied; LLaVA-style checkpoints do not (see docs of `convert`)."""
+    """Whether the tower's final LayerNorm is applied; LLaVA-style checkpoints do not."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
 
     @property
@@ -97,6 +109,16 @@ class ModelConfig(Section):
             return 0
         return self.connector.tokens_per_image or self.vision.num_patches
 
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The parts this model has; only `perceiver_mlp` has a resampler with parameters."""
+        if self.vision is None or self.connector is None:
+            return ("llm",)
+        resampler: tuple[Module, ...] = (
+            ("resampler",) if self.connector.kind == "perceiver_mlp" else ()
+        )
+        return ("llm", "vision", *resampler, "projector")
+
 
 class DataConfig(Section):
     """Where samples come from and how they become sequences."""
@@ -109,7 +131,7 @@ class DataConfig(Section):
     """Tokenizer file; by default the one that the dataset was tokenised with."""
     seq_length: Positive
     packing: bool = True
-    """True: several samples share a sequence, apart in attention and positions. False: one a row, padded."""
+    """True: samples share a sequence, apart in attention and positions. False: one a row, padded."""
     augment: bool = False
     """Random flips and shifts of the pictures, a function of (seed, epoch, image) alone."""
     num_workers: NonNegative = 0
@@ -131,14 +153,14 @@ class ParallelConfig(Section):
     """Model chunks a pipeline stage (interleaved schedule); 1 is plain 1F1B."""
     context: Positive = 1
     sequence_parallel: bool = True
-    """Split activations along the sequence between tensor-parallel ranks; no effect with tensor=1."""
+    """Split activations along the sequence over tensor-parallel ranks; no effect with tensor=1."""
 
 
 class TowerConfig(Section):
     """How the vision tower runs; it is replicated and its images are spread over all ranks."""
 
     backward: Literal["recompute", "keep"] = "recompute"
-    """`recompute` runs the forward twice and keeps no activations during the LLM; `keep` the opposite."""
+    """`recompute` runs the forward twice and keeps no activations meanwhile; `keep` the opposite."""
     images_per_forward: Positive = 64
 
 
@@ -195,7 +217,7 @@ class CheckpointConfig(Section):
     """Steps between saves; 0 saves at the end only."""
     keep: Positive = 2
     resume: str = "auto"
-    """`auto`: the newest checkpoint of this run, if any; `none`: start anew; else a checkpoint's path."""
+    """`auto`: this run's newest checkpoint, if any; `none`: start anew; else a checkpoint's path."""
 
 
 class LogConfig(Section):
@@ -224,3 +246,8 @@ class RunConfig(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig
+
+    @property
+    def trained_modules(self) -> tuple[Module, ...]:
+        """The model's parts that are not frozen."""
+        return tuple(name for name in self.model.modules if name not in self.train.freeze)

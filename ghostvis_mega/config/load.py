@@ -1,0 +1,109 @@
+"""Load a run's settings: YAML file, overrides, presets, types, all problems at once.
+
+Relative paths in the file (data, ds_configs, output) are taken from the working directory, as on
+a command line, not from the file's own directory.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ghostvis_mega.config.messages import dotted, section_at, section_of, sentences
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.config.source import apply_overrides, expand_presets, read_file
+from ghostvis_mega.utils.errors import ConfigError
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What could be read. With problems, `config` holds stand-ins at the `broken` fields."""
+
+    config: RunConfig | None
+    problems: list[str]
+    broken: frozenset[str] = frozenset()
+
+    def keep_sound(self, found: list[str]) -> list[str]:
+        """Those sentences that do not speak of a field which only has a stand-in."""
+        names = [re.compile(rf"(?<![\w.]){re.escape(name)}(?!\w)") for name in self.broken]
+        return [text for text in found if not any(name.search(text) for name in names)]
+
+
+def read_run_config(path: str | Path, overrides: Iterable[str] = ()) -> Loaded:
+    """Read a run's settings and collect every problem instead of raising."""
+    settings, problems = read_file(Path(path))
+    if problems and not settings:
+        return Loaded(None, problems)
+    problems += apply_overrides(settings, list(overrides))
+    settings, more = expand_presets(_without_empty_sections(settings))
+    problems += more
+    try:
+        return Loaded(RunConfig.model_validate(settings), problems)
+    except ValidationError as error:
+        found = sentences(error)
+        # An unknown preset already says why the parts of the model are missing.
+        for preset, parts in (
+            ("model.preset=", "model."),
+            ("model.vision.preset=", "model.vision."),
+        ):
+            if any(text.startswith(preset) for text in problems):
+                found = [text for text in found if f"{parts}" not in text or "missing" not in text]
+        config, broken = _with_stand_ins(settings, error)
+        return Loaded(config, problems + found, broken)
+
+
+def load_run_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run's settings.
+
+    Args:
+        path: YAML file.
+        overrides: Items `section.key=value`; the value is YAML (`null`, `[a, b]`, `1e-4`).
+
+    Raises:
+        ConfigError: With all unknown keys, wrong types and values out of range. Rules between
+            fields need the world size: see `rules.find_problems` and `train.preflight`.
+    """
+    loaded = read_run_config(path, overrides)
+    if loaded.problems or loaded.config is None:
+        raise ConfigError(loaded.problems)
+    return loaded.config
+
+
+def _without_empty_sections(settings: Settings) -> Settings:
+    """Drop sections whose keys are all commented out (YAML reads them as null)."""
+    fields = RunConfig.model_fields
+    return {k: v for k, v in settings.items() if not (v is None and k in fields)}
+
+
+def _with_stand_ins(
+    settings: Settings, error: ValidationError
+) -> tuple[RunConfig | None, frozenset[str]]:
+    """Settings without their broken keys, so that the rules can still speak of the sound ones."""
+    broken = set()
+    for item in error.errors(include_url=False):
+        place = item["loc"]
+        cut = next((i for i, part in enumerate(place) if isinstance(part, int)), len(place))
+        place = place[:cut]
+        parent: Any = settings
+        for part in place[:-1]:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        kind = section_at(place[:-1])
+        if kind is None or not isinstance(parent, dict):
+            return None, frozenset()
+        parent.pop(place[-1], None)
+        broken.add(dotted(place))
+        field = kind.model_fields.get(str(place[-1]))
+        if field is None or not field.is_required():
+            continue
+        if section_of(field.annotation) is not None:
+            return None, frozenset()
+        parent[place[-1]] = "unset" if field.annotation in (str, Path) else 1
+    try:
+        return RunConfig.model_validate(settings), frozenset(broken)
+    except ValidationError:
+        return None, frozenset()
