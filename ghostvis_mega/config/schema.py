@@ -131,7 +131,7 @@ class DataConfig(Section):
     """Tokenizer file; by default the one that the dataset was tokenised with."""
     seq_length: Positive
     packing: bool = True
-    """True: samples share a sequence, apart in attention and positions. False: one a row, padded."""
+    """True: samples share a sequence, apart in attention and positions; False: one a row."""
     augment: bool = False
     """Random flips and shifts of the pictures, a function of (seed, epoch, image) alone."""
     num_workers: NonNegative = 0
@@ -160,7 +160,7 @@ class TowerConfig(Section):
     """How the vision tower runs; it is replicated and its images are spread over all ranks."""
 
     backward: Literal["recompute", "keep"] = "recompute"
-    """`recompute` runs the forward twice and keeps no activations meanwhile; `keep` the opposite."""
+    """`recompute` runs the forward twice and keeps no activations meanwhile; `keep` does not."""
     images_per_forward: Positive = 64
 
 
@@ -217,7 +217,7 @@ class CheckpointConfig(Section):
     """Steps between saves; 0 saves at the end only."""
     keep: Positive = 2
     resume: str = "auto"
-    """`auto`: this run's newest checkpoint, if any; `none`: start anew; else a checkpoint's path."""
+    """`auto`: this run's newest checkpoint, if any; `none`: start anew; else a path."""
 
 
 class LogConfig(Section):
