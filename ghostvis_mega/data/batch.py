@@ -1,0 +1,90 @@
+"""What a training step gets: which sequences, and their tensors.
+
+Legend: B rows, S positions of a row.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """One place for an image: its tokens_per_image positions begin at (row, start)."""
+
+    image_id: int
+    row: int
+    start: int
+
+
+@dataclass(frozen=True)
+class SequenceMeta:
+    """One sequence (a pack, or a row without packing), from the index alone.
+
+    `num_tokens` counts useful positions: images expanded, no padding. `image_ids` has one entry an
+    image slot, in order, so an id may repeat.
+    """
+
+    sample_ids: tuple[int, ...]
+    num_tokens: int
+    trained_tokens: int
+    image_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one micro-batch, on the CPU.
+
+    Args:
+        tokens_BS: int64; image positions hold the <|image|> id, the tail holds <|pad|>.
+        labels_BS: int64; the next token of the same sample, 0 where the weight is 0.
+        weights_BS: float32; 1.0 where the label is trained.
+        positions_BS: int64; restart at 0 at each sample, and at the padding tail.
+        cu_seqlens: int32 [segments + 1] from 0 to S for a packed row (B == 1), where the padding
+            tail is a segment of its own; None without packing.
+        max_seqlen: longest segment of a packed row, else S.
+    """
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    weights_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    images: tuple[ImageSlot, ...]
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The sequences of one optimizer step: replicas[data-parallel rank][micro-batch][row]."""
+
+    step: int
+    epoch: int
+    replicas: tuple[tuple[tuple[SequenceMeta, ...], ...], ...]
+
+    @cached_property
+    def sequences(self) -> tuple[SequenceMeta, ...]:
+        """All sequences, rank by rank."""
+        return tuple(row for replica in self.replicas for micro in replica for row in micro)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels under the loss, over all ranks."""
+        return sum(row.trained_tokens for row in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """Useful positions, over all ranks."""
+        return sum(row.num_tokens for row in self.sequences)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, over all ranks."""
+        return sum(len(row.sample_ids) for row in self.sequences)
+
+    @cached_property
+    def image_ids(self) -> tuple[int, ...]:
+        """Distinct images, ascending: what the tower encodes in this step."""
+        return tuple(sorted({image_id for row in self.sequences for image_id in row.image_ids}))

@@ -1,0 +1,254 @@
+"""Pack plans: which samples form which sequence, as indices only.
+
+A plan is a function of (dataset, parameters). It can be stored under `plans/` of the dataset; a
+plan made in memory is the same, byte for byte.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.manifest import PLANS_DIRECTORY
+from ghostvis_mega.data.order import shuffled
+from ghostvis_mega.data.packing import make_units, pack_balanced, pack_bfd
+from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import atomic_write, atomic_write_json, canonical_json
+
+log = logging.getLogger(__name__)
+
+Algorithm = Literal["balanced", "bfd", "none"]
+ALGORITHMS: tuple[Algorithm, ...] = ("balanced", "bfd", "none")
+PLANNER_VERSION = 1
+"""Part of a plan's identity: raise it when the same parameters give another plan."""
+
+PLAN_FILE = "plan.json"
+_SHUFFLE_KEY = 2
+_ARRAYS: dict[str, np.dtype] = {
+    "pack_off.i64": np.dtype("<i8"),
+    "pack_samples.u32": np.dtype("<u4"),
+    "dropped.u32": np.dtype("<u4"),
+    "tokens.u32": np.dtype("<u4"),
+    "segments.u32": np.dtype("<u4"),
+    "images.u32": np.dtype("<u4"),
+    "distinct_images.u32": np.dtype("<u4"),
+    "sumsq.u64": np.dtype("<u8"),
+}
+
+
+@dataclass(frozen=True)
+class PlanParams:
+    """What decides a plan, beside the dataset.
+
+    Args:
+        tokens_per_image: positions that replace one <|image|>.
+        group_images: samples of one picture go to one pack where that costs nothing (`balanced`).
+        images_per_pack: with `group_images`, one picture takes at most 1/images_per_pack of a pack,
+            so that a pack is not about a single picture.
+    """
+
+    algorithm: Algorithm
+    seq_length: int
+    tokens_per_image: int
+    seed: int
+    group_images: bool = True
+    images_per_pack: int = 4
+
+    def digest(self, dataset: Dataset) -> str:
+        """Name of the plan: 16 hex digits of parameters, dataset and planner."""
+        identity = {**asdict(self), "dataset": dataset.manifest.digest, "planner": PLANNER_VERSION}
+        return hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Packs as two arrays, and the cost of each pack."""
+
+    params: PlanParams
+    offsets: np.ndarray  # int64 [packs + 1] into samples
+    samples: np.ndarray  # uint32 [planned samples]
+    dropped: np.ndarray  # uint32: samples longer than seq_length
+    tokens: np.ndarray  # uint32 [packs]: useful positions, images expanded
+    segments: np.ndarray  # uint32 [packs]: samples
+    images: np.ndarray  # uint32 [packs]: image places
+    distinct_images: np.ndarray  # uint32 [packs]: what a tower must encode
+    sumsq: np.ndarray  # uint64 [packs]: sum of squared sample lengths, the cost of attention
+
+    @property
+    def num_packs(self) -> int:
+        """Sequences of one epoch."""
+        return len(self.offsets) - 1
+
+    @property
+    def fill(self) -> float:
+        """Share of all positions that are useful."""
+        return float(self.tokens.sum()) / max(1, self.num_packs * self.params.seq_length)
+
+    def pack(self, number: int) -> np.ndarray:
+        """Sample numbers of one pack, in order: int64."""
+        return self.samples[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
+
+
+def _group_by_image(dataset: Dataset) -> np.ndarray:
+    """int64 [samples], equal where the first image is; without images, a number of its own."""
+    records = dataset.sample_index
+    groups = dataset.num_images + np.arange(len(records), dtype=np.int64)
+    has_image = records["n_images"] > 0
+    groups[has_image] = dataset.image_refs["image_id"][
+        records["img_off"][has_image].astype(np.int64)
+    ]
+    return np.unique(groups, return_inverse=True)[1].reshape(-1)
+
+
+def _make_packs(
+    dataset: Dataset, params: PlanParams, lengths: np.ndarray, kept: np.ndarray
+) -> list[list[int]]:
+    capacity, seed = params.seq_length, params.seed
+    if params.algorithm == "none":
+        return [[sample] for sample in kept.tolist()]
+    if params.algorithm == "bfd":
+        return pack_bfd(lengths, kept, capacity=capacity, seed=seed)
+    if params.group_images:
+        limit = max(1, capacity // params.images_per_pack)
+        units = make_units(lengths[kept], _group_by_image(dataset)[kept], limit=limit, seed=seed)
+        units = [kept[unit].tolist() for unit in units]
+    else:
+        units = [[sample] for sample in kept.tolist()]
+    return pack_balanced(lengths, units, capacity=capacity, seed=seed)
+
+
+def build_plan(dataset: Dataset, params: PlanParams) -> PackPlan:
+    """Pack a dataset.
+
+    Raises:
+        DataError: no sample fits into `seq_length`, or there are images and no place for them.
+    """
+    if params.tokens_per_image < 1 and dataset.num_images:
+        raise DataError(
+            f"{dataset.path} holds images, but an image takes {params.tokens_per_image} positions: "
+            "use a model with a vision part, or a dataset of text"
+        )
+    lengths = dataset.lengths(tokens_per_image=params.tokens_per_image)
+    fits = lengths <= params.seq_length
+    kept, dropped = np.flatnonzero(fits), np.flatnonzero(~fits)
+    if not len(kept):
+        shortest = int(lengths.min()) if len(lengths) else 0
+        raise DataError(
+            f"no sample of {dataset.path} fits into seq_length={params.seq_length}: "
+            f"the shortest of {len(lengths)} needs {shortest} positions"
+        )
+    if len(dropped):
+        log.warning(
+            "%s: %d of %d samples are longer than seq_length=%d and are left out",
+            dataset.path, len(dropped), len(lengths), params.seq_length,
+        )  # fmt: skip
+    packs = _make_packs(dataset, params, lengths, kept)
+    packs = [packs[number] for number in shuffled(len(packs), params.seed, _SHUFFLE_KEY).tolist()]
+    segments = np.array([len(pack) for pack in packs], dtype=np.int64)
+    samples = np.fromiter(
+        (sample for pack in packs for sample in pack), dtype=np.int64, count=len(kept)
+    )
+    return _describe(
+        dataset, params, segments=segments, samples=samples, dropped=dropped, lengths=lengths
+    )
+
+
+def _describe(
+    dataset: Dataset,
+    params: PlanParams,
+    *,
+    segments: np.ndarray,
+    samples: np.ndarray,
+    dropped: np.ndarray,
+    lengths: np.ndarray,
+) -> PackPlan:
+    """Costs of each pack from its samples."""
+    offsets = np.concatenate([[0], np.cumsum(segments)])
+    planned = lengths[samples]
+    image_ids, counts = dataset.image_ids(samples)
+    pack_of_image = np.repeat(np.repeat(np.arange(len(segments)), segments), counts)
+    pairs = np.unique(pack_of_image * max(1, dataset.num_images) + image_ids)
+    distinct = np.bincount(pairs // max(1, dataset.num_images), minlength=len(segments))
+    return PackPlan(
+        params=params,
+        offsets=offsets.astype("<i8"),
+        samples=samples.astype("<u4"),
+        dropped=dropped.astype("<u4"),
+        tokens=np.add.reduceat(planned, offsets[:-1]).astype("<u4"),
+        segments=segments.astype("<u4"),
+        images=np.bincount(pack_of_image, minlength=len(segments)).astype("<u4"),
+        distinct_images=distinct.astype("<u4"),
+        sumsq=np.add.reduceat(planned**2, offsets[:-1]).astype("<u8"),
+    )
+
+
+def _arrays(plan: PackPlan) -> dict[str, np.ndarray]:
+    fields = (
+        plan.offsets, plan.samples, plan.dropped, plan.tokens,
+        plan.segments, plan.images, plan.distinct_images, plan.sumsq,
+    )  # fmt: skip
+    return dict(zip(_ARRAYS, fields, strict=True))
+
+
+def save_plan(dataset: Dataset, plan: PackPlan) -> Path:
+    """Store a plan inside its dataset, `plan.json` last; returns the plan's directory."""
+    directory = dataset.path / PLANS_DIRECTORY / plan.params.digest(dataset)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, array in _arrays(plan).items():
+        data = array.tobytes()
+        atomic_write(directory / name, data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    document = {
+        "params": asdict(plan.params),
+        "planner": PLANNER_VERSION,
+        "dataset": dataset.manifest.digest,
+        "packs": plan.num_packs,
+        "fill": round(plan.fill, 6),
+        "files": files,
+    }
+    document["digest"] = hashlib.sha256(canonical_json(document)).hexdigest()
+    atomic_write_json(directory / PLAN_FILE, document)
+    return directory
+
+
+def read_plan(directory: Path, params: PlanParams | None = None) -> PackPlan:
+    """Read a stored plan and check every byte of it.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    file = directory / PLAN_FILE
+    advice = f"delete {directory}, it is made again when needed"
+    try:
+        raw = file.read_bytes()
+        document = json.loads(raw)
+        digest = document.pop("digest")
+        stored = PlanParams(**document["params"])
+        intact = digest == hashlib.sha256(canonical_json(document)).hexdigest()
+        intact = intact and raw == canonical_json({**document, "digest": digest})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is missing or damaged ({error}): {advice}") from error
+    if not intact or (params is not None and stored != params):
+        raise DataError(f"{file} does not match its digest or its directory's name: {advice}")
+    arrays = []
+    for name, dtype in _ARRAYS.items():
+        path = directory / name
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != document["files"][name]["sha256"]:
+            raise DataError(f"{path} is missing or damaged: {advice}")
+        arrays.append(np.frombuffer(data, dtype=dtype))
+    return PackPlan(stored, *arrays)
+
+
+def load_or_build(dataset: Dataset, params: PlanParams) -> PackPlan:
+    """The stored plan with these parameters, else a fresh one in memory (nothing is written)."""
+    directory = dataset.path / PLANS_DIRECTORY / params.digest(dataset)
+    if (directory / PLAN_FILE).is_file():
+        return read_plan(directory, params)
+    return build_plan(dataset, params)

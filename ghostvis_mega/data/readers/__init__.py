@@ -1,0 +1,1 @@
+"""Readers of public data formats; each yields rows for `ingest` and stores nothing."""

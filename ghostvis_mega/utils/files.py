@@ -1,0 +1,96 @@
+"""Files that are either whole or absent: temporary name, fsync, rename, fsync of the directory.
+
+A rename within one file system is atomic on POSIX, but only data that reached the disk before it
+survives a power cut, and the rename itself lives in the directory; hence the two fsyncs.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 1 << 20
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names in directory `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A fresh sibling name of `path`: a rename from there never crosses a file system."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new one."""
+    temporary = temporary_name(path)
+    done = False
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        done = True
+    finally:
+        if not done:
+            temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON bytes that depend on the value alone: sorted keys, two-space indent, final newline."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """`atomic_write` of the canonical JSON of `value`."""
+    atomic_write(path, canonical_json(value))
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class HashingFile:
+    """A new file, written front to back, that knows its size and SHA-256 when it is closed."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "xb", buffering=_CHUNK_BYTES)  # noqa: SIM115 - closed by close()
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append `data`."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.size_bytes += len(data)
+
+    def close(self) -> None:
+        """Flush to the disk and close; safe to call again."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def discard(self) -> None:
+        """Close without waiting for the disk, for files that are about to be deleted."""
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of everything written so far."""
+        return self._digest.hexdigest()
