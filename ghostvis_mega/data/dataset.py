@@ -156,7 +156,7 @@ class Dataset:
         gathered = self.gather(np.array([index]))
         record = self._samples[index]
         start = int(record["span_off"])
-        key, answers = self._key(index)
+        key, answers = self.sample_key(index)
         return Sample(
             tokens=gathered.tokens.astype(np.int32),
             spans=self._spans[start : start + int(record["n_spans"])],
@@ -187,7 +187,8 @@ class Dataset:
         start = int(span["start"])
         return self.tokenizer.decode(sample.tokens[start : start + int(span["len"])])
 
-    def _key(self, index: int) -> tuple[str, tuple[str, ...]]:
+    def sample_key(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """Source key and gold answers of a sample; DataError if they do not match their crc."""
         offset = int(self._samples[index]["key_off"])
         header_bytes = self._keys[offset : offset + KEY_HEADER.itemsize].tobytes()
         if len(header_bytes) == KEY_HEADER.itemsize:

@@ -189,8 +189,8 @@ def _check_sizes(global_size: int, micro_size: int, data_parallel: int, packing:
         )
     if packing and micro_size != 1:
         problems.append(
-            f"batch.micro_size={micro_size} with data.packing=true: a packed sequence is a micro-batch "
-            "of its own, set batch.micro_size=1 (and data.seq_length larger), or data.packing=false"
+            f"batch.micro_size={micro_size} with data.packing=true: a packed sequence is "
+            "a micro-batch of its own, set batch.micro_size=1 or data.packing=false"
         )
     if problems:
         raise ConfigError(problems)

@@ -1,0 +1,1 @@
+"""`python -m tools.preprocess`: raw data to prepared datasets. Thin: parse, call, print."""
