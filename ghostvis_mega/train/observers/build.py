@@ -1,0 +1,60 @@
+"""The observers that a configuration asks for, as one."""
+
+from collections.abc import Sequence
+
+from ghostvis_mega.config.schema import LogConfig
+from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.base import Observer, Preview, RunInfo, Summary
+from ghostvis_mega.train.observers.console import ConsoleLine
+from ghostvis_mega.train.observers.jsonlines import JsonLines
+from ghostvis_mega.train.observers.tensorboard import TensorBoard
+from ghostvis_mega.train.observers.wandb import Wandb
+from ghostvis_mega.train.report import HtmlReport
+
+
+class Observers:
+    """Passes everything on to each observer, in order; without any it does nothing."""
+
+    def __init__(self, members: Sequence[Observer] = ()):
+        self.members = tuple(members)
+
+    def on_start(self, run: RunInfo) -> None:
+        """Tell every observer."""
+        for member in self.members:
+            member.on_start(run)
+
+    def on_step(self, m: StepMetrics) -> None:
+        """Tell every observer."""
+        for member in self.members:
+            member.on_step(m)
+
+    def on_preview(self, step: int, previews: list[Preview]) -> None:
+        """Tell every observer."""
+        for member in self.members:
+            member.on_preview(step, previews)
+
+    def on_end(self, summary: Summary) -> None:
+        """Tell every observer."""
+        for member in self.members:
+            member.on_end(summary)
+
+
+def make_observers(log: LogConfig, *, rank: int) -> Observers:
+    """Observers of this process: those of the settings on rank 0, none elsewhere.
+
+    Raises:
+        MissingDependencyError: an optional package that the settings ask for is not installed.
+    """
+    if rank != 0:
+        return Observers()
+    metrics = log.output / "metrics.jsonl"
+    members: list[Observer] = [
+        ConsoleLine(every=log.every),
+        JsonLines(metrics),
+        HtmlReport(log.output / "report" / "index.html", history=metrics),
+    ]
+    if log.tensorboard:
+        members.append(TensorBoard(log.output / "tensorboard"))
+    if log.wandb != "disabled":
+        members.append(Wandb(log.output / "wandb", mode=log.wandb))
+    return Observers(members)

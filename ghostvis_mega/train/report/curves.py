@@ -1,0 +1,80 @@
+"""Which curves the report shows."""
+
+import math
+
+from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.base import ordered_modules
+from ghostvis_mega.train.report.charts import Chart, Series
+from ghostvis_mega.utils.format import si
+
+MODULE_CSS = {"llm": "c1", "vision": "c2", "resampler": "c3", "projector": "c4"}
+
+
+def run_charts(steps: list[StepMetrics]) -> list[Chart]:
+    """Loss, gradient norm, learning rates and throughput over the steps of a run."""
+    loss = [m.loss for m in steps]
+    norm = [m.grad_norm for m in steps]
+    rate = [m.tokens_per_s for m in steps]
+    return [
+        Chart("Loss", _raw_and_smooth(steps, loss, "c1"), _number, "{:.4f}".format),
+        Chart(
+            "Gradient norm",
+            _raw_and_smooth(steps, norm, "c2"),
+            _number,
+            "{:.3f}".format,
+            allow_log=True,
+        ),
+        Chart("Learning rate", _learning_rates(steps), _power, "{:.3e}".format),
+        Chart("Useful tokens per second", _raw_and_smooth(steps, rate, "c3"), si, si),
+    ]
+
+
+def centred_mean(values: list[float], *, half: int) -> list[float]:
+    """Mean of each value and up to `half` neighbours on either side, NaN and inf left out.
+
+    The window shrinks towards both ends alike, so that a falling curve is not dragged along.
+    """
+    result = []
+    for place in range(len(values)):
+        reach = min(half, place, len(values) - 1 - place)
+        window = values[place - reach : place + reach + 1]
+        finite = [value for value in window if math.isfinite(value)]
+        result.append(math.fsum(finite) / len(finite) if finite else math.nan)
+    return result
+
+
+def _raw_and_smooth(
+    steps: list[StepMetrics], values: list[float], css: str
+) -> tuple[Series, Series]:
+    """The values as they are, faint, and smoothed over a twenty-fifth of the run."""
+    numbers = [m.step for m in steps]
+    mean = centred_mean(values, half=min(200, len(values) // 50))
+    return (
+        Series("each step", numbers, values, css, faint=True),
+        Series("smoothed", numbers, mean, css),
+    )
+
+
+def _learning_rates(steps: list[StepMetrics]) -> tuple[Series, ...]:
+    """One curve a module, or a single one where all modules share theirs."""
+    numbers = [m.step for m in steps]
+    modules = ordered_modules(steps[-1].lr)
+    curves = {
+        name: Series(
+            name, numbers, [m.lr.get(name, math.nan) for m in steps], MODULE_CSS.get(name, "c5")
+        )
+        for name in modules
+    }
+    distinct = {tuple(series.values) for series in curves.values()}
+    if len(curves) > 1 and len(distinct) == 1:
+        first = curves[modules[0]]
+        return (Series("all modules", numbers, first.values, first.css),)
+    return tuple(curves.values())
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _power(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")

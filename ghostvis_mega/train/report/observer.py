@@ -1,0 +1,52 @@
+"""The observer that keeps what it is told and writes the report page."""
+
+from pathlib import Path
+
+from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.base import Preview, RunInfo, Summary
+from ghostvis_mega.train.observers.jsonlines import read_metrics
+from ghostvis_mega.train.report.page import ReportData, render_page
+from ghostvis_mega.utils.files import atomic_write
+
+
+class HtmlReport:
+    """Writes one self-contained HTML file every `every` steps, at previews and at the end.
+
+    Args:
+        path: the page, such as `OUTPUT/report/index.html`.
+        every: steps between two writes.
+        history: metrics file of the run; a resumed run's curves begin with what it holds.
+    """
+
+    def __init__(self, path: Path, *, every: int = 50, history: Path | None = None):
+        self._path = path
+        self._every = every
+        self._history = history
+        self._data = ReportData(run={"total_steps": 0})
+
+    def on_start(self, run: RunInfo) -> None:
+        """Begin the page, with the earlier steps of a resumed run."""
+        start = run.get("start_step", 0)
+        self._data = ReportData(run=run)
+        if start and self._history is not None and self._history.exists():
+            self._data.steps = read_metrics(self._history, last_step=start)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_step(self, m: StepMetrics) -> None:
+        """Keep the step; write the page when it is due."""
+        self._data.steps.append(m)
+        if m.step % self._every == 0:
+            self._write()
+
+    def on_preview(self, step: int, previews: list[Preview]) -> None:
+        """Keep the previews and write the page."""
+        self._data.previews[step] = list(previews)
+        self._write()
+
+    def on_end(self, summary: Summary) -> None:
+        """Write the final page."""
+        self._data.summary = summary
+        self._write()
+
+    def _write(self) -> None:
+        atomic_write(self._path, render_page(self._data).encode("utf-8"))

@@ -1,0 +1,154 @@
+"""The report page: every text is escaped, here or in the parts, and nothing outside is loaded."""
+
+import base64
+import hashlib
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.base import Preview, RunInfo, Summary
+from ghostvis_mega.train.report.cards import draw_previews
+from ghostvis_mega.train.report.charts import draw_chart
+from ghostvis_mega.train.report.curves import run_charts
+from ghostvis_mega.train.report.tiles import draw_tiles
+from ghostvis_mega.train.report.timing import draw_timing
+from ghostvis_mega.utils.format import si
+
+
+@dataclass
+class ReportData:
+    """Everything the page shows. `summary` is None while the run goes on."""
+
+    run: RunInfo
+    steps: list[StepMetrics] = field(default_factory=list)
+    previews: dict[int, list[Preview]] = field(default_factory=dict)
+    summary: Summary | None = None
+
+
+def render_page(data: ReportData) -> str:
+    """The whole page as one HTML text without any reference to another file."""
+    script = _resource("hover.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    # Should an escape ever be missed, the browser still runs no script but ours and loads nothing.
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    title = html.escape(data.run.get("name", "run"))
+    sections = [
+        _header(data),
+        draw_tiles(data.run, data.steps, data.summary),
+        _section("Curves", _charts(data.steps)),
+        _section("Where the time of a step goes", draw_timing(data.steps)),
+        _section("What the model answers", draw_previews(data.previews)),
+        _section("Settings", _tables(data.run.get("settings", {}))),
+        _section("Versions", _versions(data.run.get("versions", {}))),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title} - GhostVis-Mega</title><style>{_resource('style.css')}</style></head>"
+        f"<body><main>{''.join(sections)}</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _resource(name: str) -> str:
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
+
+
+def _charts(steps: list[StepMetrics]) -> str:
+    if not steps:
+        return ""
+    return f'<div class="charts">{"".join(draw_chart(chart) for chart in run_charts(steps))}</div>'
+
+
+def _header(data: ReportData) -> str:
+    run = data.run
+    facts = []
+    if parameters := run.get("parameters"):
+        parts = ", ".join(f"{name} {si(count)}" for name, count in parameters.items())
+        facts.append(("Parameters", f"{si(sum(parameters.values()))} ({parts})"))
+    for key, label in (("layout", "Layout"), ("device", "Device"), ("precision", "Precision")):
+        if key in run:
+            facts.append((label, str(run[key])))
+    if "trained_parameters" in run:
+        facts.insert(1, ("Trained", si(run["trained_parameters"])))
+    cells = "".join(
+        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
+        for label, value in facts
+    )
+    status, css = _status(data)
+    model = f'<span class="model">{html.escape(run["model"])}</span>' if "model" in run else ""
+    return (
+        '<header><p class="brand">GhostVis-Mega <span>training report</span></p>'
+        f"<h1>{html.escape(run.get('name', 'run'))}{model}"
+        f'<span class="status {css}">{html.escape(status)}</span></h1>'
+        f'<dl class="facts">{cells}</dl></header>'
+    )
+
+
+def _status(data: ReportData) -> tuple[str, str]:
+    done = data.steps[-1].step if data.steps else data.run.get("start_step", 0)
+    total = data.run["total_steps"]
+    if data.summary is None:
+        return f"running: step {done} of {total}", "running"
+    return f"{data.summary.get('status', 'finished')}: {done} of {total} steps", "ended"
+
+
+def _tables(groups: Mapping[str, Any]) -> str:
+    """Small tables side by side, one a group; nested keys are joined with dots."""
+    if not any(groups.values()):
+        return ""
+    loose = {key: value for key, value in groups.items() if not isinstance(value, dict)}
+    nested = {key: value for key, value in groups.items() if isinstance(value, dict)}
+    tables = ([("", loose)] if loose else []) + list(nested.items())
+    return f'<div class="tables">{"".join(_table(name, rows) for name, rows in tables)}</div>'
+
+
+def _table(name: str, rows: Mapping[str, Any]) -> str:
+    caption = f"<caption>{html.escape(name)}</caption>" if name else ""
+    body = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(text)}</td></tr>"
+        for key, text in _flat(rows)
+    )
+    return f"<table>{caption}<tbody>{body}</tbody></table>"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    cells = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(version)}</dd></div>"
+        for name, version in versions.items()
+    )
+    return f'<dl class="panel facts">{cells}</dl>' if cells else ""
+
+
+def _flat(rows: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    result = []
+    for key, value in rows.items():
+        if isinstance(value, dict):
+            result += _flat(value, f"{prefix}{key}.")
+        else:
+            result.append((f"{prefix}{key}", _setting_text(value)))
+    return result
+
+
+def _setting_text(value: Any) -> str:
+    if value is None or value in ([], ()):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}" if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting_text(entry) for entry in value)
+    return str(value)

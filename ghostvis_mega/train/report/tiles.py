@@ -1,0 +1,67 @@
+"""The numbers one wants first, as tiles."""
+
+import html
+
+from ghostvis_mega.train.metrics import Smoother, StepMetrics
+from ghostvis_mega.train.observers.base import RunInfo, Summary, step_mfu
+from ghostvis_mega.utils.format import duration, percent, si
+
+
+def draw_tiles(run: RunInfo, steps: list[StepMetrics], summary: Summary | None) -> str:
+    """Accuracy, loss, speed, time and what was seen; tiles without numbers yet are left out."""
+    tiles = [_accuracy(summary or {})]
+    if steps:
+        tiles += [_loss(steps), _speed(run, steps), _time(steps, summary or {}), _seen(steps)]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _tile(label: str, value: str, below: str, *, css: str = "", extra: str = "") -> str:
+    return (
+        f'<div class="tile {css}"><p class="label">{html.escape(label)}</p>'
+        f'<p class="value">{html.escape(value)}</p>{extra}'
+        f'<p class="below">{html.escape(below)}</p></div>'
+    )
+
+
+def _accuracy(summary: Summary) -> str:
+    label = "Held-out accuracy"
+    if "heldout_accuracy" not in summary:
+        return _tile(label, "-", "measured at the end, if asked for", css="main")
+    accuracy = summary["heldout_accuracy"]
+    ceiling = summary.get("question_only_accuracy")
+    below, marker = "", ""
+    if ceiling is not None:
+        below = f"question alone: {percent(ceiling)}"
+        marker = f'<i class="ceiling" style="left:{100 * ceiling:.2f}%"></i>'
+    if "num_questions" in summary:
+        below = " · ".join([*([below] if below else []), f"{summary['num_questions']:,} asked"])
+    meter = f'<div class="meter"><i style="width:{100 * accuracy:.2f}%"></i>{marker}</div>'
+    return _tile(label, percent(accuracy), below, css="main", extra=meter)
+
+
+def _loss(steps: list[StepMetrics]) -> str:
+    smoother = Smoother(decay=0.9)
+    last = [smoother.update(m.loss) for m in steps][-1]
+    return _tile("Loss", f"{last:.4g}", f"from {steps[0].loss:.4g} at step {steps[0].step}")
+
+
+def _speed(run: RunInfo, steps: list[StepMetrics]) -> str:
+    counted = steps[1:] or steps
+    seconds = sum(m.seconds for m in counted)
+    below = f"{si(sum(m.images for m in counted) / seconds)} images/s"
+    rates = [rate for m in counted if (rate := step_mfu(m, run)) is not None]
+    if rates:
+        below += f" · MFU {percent(sum(rates) / len(rates))}"
+    return _tile("Useful tokens/s", si(sum(m.tokens for m in counted) / seconds), below)
+
+
+def _time(steps: list[StepMetrics], summary: Summary) -> str:
+    stepping = sum(m.seconds for m in steps)
+    below = f"{len(steps)} steps of {duration(stepping / len(steps))}"
+    return _tile("Time", duration(summary.get("seconds", stepping)), below)
+
+
+def _seen(steps: list[StepMetrics]) -> str:
+    tokens = sum(m.tokens for m in steps)
+    below = f"{si(sum(m.images for m in steps))} images"
+    return _tile("Tokens seen", si(tokens), below)

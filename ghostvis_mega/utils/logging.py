@@ -1,0 +1,89 @@
+"""One handler for the whole process: which ranks speak, in which format, and who has to be quiet.
+
+Library modules only do `log = logging.getLogger(__name__)`; entry points call `setup_logging` once.
+"""
+
+import logging
+import sys
+import warnings
+from typing import TextIO
+
+LIBRARY = "ghostvis_mega"
+
+CHATTER = (
+    # Megatron-Core names absent accelerators at import; the layer spec in use is logged by us.
+    ("Transformer Engine and Apex are not installed", UserWarning, "megatron"),
+    ("Apex is not installed", UserWarning, "megatron"),
+    ("The following imports from `dynamic_context.py`", DeprecationWarning, "megatron"),
+)
+"""Warnings about facts that we report ourselves: start of the message, class, module."""
+
+
+class RankFormatter(logging.Formatter):
+    """`12:34:56 [rank] message`; anything above INFO also carries its level and its origin."""
+
+    def __init__(self, *, rank: int):
+        super().__init__(datefmt="%H:%M:%S")
+        head = f"%(asctime)s [{rank}] "
+        self._plain = logging.Formatter(head + "%(message)s", datefmt=self.datefmt)
+        self._marked = logging.Formatter(
+            head + "%(levelname)s %(name)s: %(message)s", datefmt=self.datefmt
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record."""
+        ordinary = record.levelno <= logging.INFO
+        return (self._plain if ordinary else self._marked).format(record)
+
+
+class RankHandler(logging.StreamHandler):
+    """The handler that `setup_logging` installs; a class of its own so that it is found again."""
+
+
+class MinimumLevel(logging.Filter):
+    """Drops records below a level, whatever level the logger's owner sets later on import."""
+
+    def __init__(self, level: int):
+        super().__init__()
+        self.level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes."""
+        return record.levelno >= self.level
+
+
+def setup_logging(*, rank: int, verbose: bool = False, stream: TextIO | None = None) -> None:
+    """Install the handler; a second call replaces what the first one did.
+
+    Rank 0 logs our INFO (DEBUG when `verbose`) and everybody's warnings. Other ranks log our
+    warnings and everybody's errors, so that one third-party warning is not printed once a rank.
+
+    Args:
+        rank: global rank of this process.
+        verbose: log DEBUG of our own modules on rank 0.
+        stream: where to write; standard error by default.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, RankHandler)]:
+        root.removeHandler(handler)
+    handler = RankHandler(sys.stderr if stream is None else stream)
+    handler.setFormatter(RankFormatter(rank=rank))
+    root.addHandler(handler)
+
+    ours = logging.DEBUG if verbose else logging.INFO
+    others = logging.WARNING if rank == 0 else logging.ERROR
+    root.setLevel(others)
+    logging.getLogger(LIBRARY).setLevel(ours if rank == 0 else logging.WARNING)
+    logging.captureWarnings(True)
+    for message, category, module in CHATTER:
+        warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    _quieten("DeepSpeed", others)
+    # Says on every import, on machines without a GPU, that there is no GPU.
+    _quieten("torch.utils.cpp_extension", logging.ERROR)
+
+
+def _quieten(name: str, level: int) -> None:
+    logger = logging.getLogger(name)
+    for old in [f for f in logger.filters if isinstance(f, MinimumLevel)]:
+        logger.removeFilter(old)
+    logger.addFilter(MinimumLevel(level))
