@@ -67,7 +67,22 @@ def find_problems(run: RunConfig, *, world_size: int) -> list[str]:
     found: list[str] = []
     for engine, path in engine_files(run).items():
         found += try_resolve(path, run=run, engine=engine, world_size=world_size)[1]
+    if "llm" not in run.trained_modules:
+        found += _frozen_llm_problems(run, world_size)
     return list(dict.fromkeys(found))
+
+
+def _frozen_llm_problems(run: RunConfig, world_size: int) -> list[str]:
+    resolved, problems = try_resolve(
+        run.deepspeed.llm, run=run, engine="llm", world_size=world_size
+    )
+    if resolved is not None and resolved.stage == 3:
+        return [
+            f"{run.deepspeed.llm}: zero_optimization.stage=3 would not shard the LLM: train.freeze "
+            "names it, and a frozen LLM has no engine. Use stage 1 or 2, and parallel.tensor to "
+            "split its weights."
+        ]
+    return problems if resolved is None else []
 
 
 def try_resolve(

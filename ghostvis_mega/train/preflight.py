@@ -1,0 +1,174 @@
+"""Everything that can be known to be wrong before the first process group: one report.
+
+Settings, DeepSpeed files and datasets are read; torch is not imported, so the answer comes within
+a second or two.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from ghostvis_mega.config import deepspeed, rules
+from ghostvis_mega.config.load import read_run_config
+from ghostvis_mega.config.rules import Device
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data import manifest as datasets
+from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.files import sha256_file
+
+log = logging.getLogger(__name__)
+
+
+def load_checked(
+    path: str | Path, overrides: Iterable[str] = (), *, world_size: int, device: Device
+) -> RunConfig:
+    """Load a run's settings and check everything about it.
+
+    Args:
+        path: YAML file.
+        overrides: Items `section.key=value`.
+        world_size: Number of processes.
+        device: Where it will run.
+
+    Raises:
+        ConfigError: With all problems of all kinds.
+    """
+    loaded = read_run_config(path, overrides)
+    problems = list(loaded.problems)
+    if loaded.config is not None:
+        found = find_problems(loaded.config, world_size=world_size, device=device)
+        problems += loaded.keep_sound(found)
+    if problems or loaded.config is None:
+        raise ConfigError(problems)
+    return loaded.config
+
+
+def check_run(cfg: RunConfig, *, world_size: int, device: Device) -> None:
+    """Check a loaded run.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    problems = find_problems(cfg, world_size=world_size, device=device)
+    if problems:
+        raise ConfigError(problems)
+
+
+def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[str]:
+    """Broken rules, contradicting DeepSpeed files, unusable datasets and outputs, as sentences."""
+    return [
+        *rules.find_problems(cfg, world_size=world_size, device=device),
+        *deepspeed.find_problems(cfg, world_size=world_size),
+        *_data_problems(cfg),
+        *_output_problems(cfg),
+    ]
+
+
+def _data_problems(cfg: RunConfig) -> list[str]:
+    problems = datasets.find_problems(cfg.data.train, what="data.train")
+    train = None if problems else datasets.read_manifest(cfg.data.train)
+    if train is not None:
+        problems += _model_fit_problems(cfg, train)
+        problems += _content_problems(cfg, train)
+    if cfg.data.heldout is None or cfg.data.heldout == cfg.data.train:
+        return problems
+    found = datasets.find_problems(cfg.data.heldout, what="data.heldout")
+    if train is not None and not found:
+        found = _heldout_problems(cfg, train, datasets.read_manifest(cfg.data.heldout))
+    return problems + found
+
+
+def _model_fit_problems(cfg: RunConfig, train: datasets.Manifest) -> list[str]:
+    problems = []
+    size, room = train.tokenizer.vocab_size, cfg.model.llm.vocab_size
+    if size > room:
+        problems.append(
+            f"model.llm.vocab_size={room} is smaller than the tokenizer of data.train="
+            f"{cfg.data.train}, which has {size} tokens. Use at least {size}, or tokenise the data "
+            "with another tokenizer."
+        )
+    if cfg.data.tokenizer is not None:
+        if not cfg.data.tokenizer.is_file():
+            problems.append(
+                f"data.tokenizer={cfg.data.tokenizer} is not a file. Remove it to use the "
+                "dataset's own."
+            )
+        elif sha256_file(cfg.data.tokenizer) != train.tokenizer.sha256:
+            problems.append(
+                f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer that made data.train="
+                f"{cfg.data.train}: its token ids would mean other words. Remove it, or tokenise "
+                "the data again with it."
+            )
+    return problems
+
+
+def _content_problems(cfg: RunConfig, train: datasets.Manifest) -> list[str]:
+    problems = []
+    counts = train.counts
+    if counts.images and cfg.model.vision is None:
+        problems.append(
+            f"data.train={cfg.data.train} holds {counts.images} images, but the model has no "
+            "vision part. Use a preset with one (vlm_...), or a text dataset."
+        )
+    if not counts.images and set(cfg.trained_modules) and "llm" not in cfg.trained_modules:
+        problems.append(
+            f"data.train={cfg.data.train} holds no image, but train.freeze leaves only vision "
+            "parts to train. Use a dataset with images, or do not freeze llm."
+        )
+    if counts.trained_tokens == 0:
+        problems.append(
+            f"data.train={cfg.data.train} has no trained token: the loss would be empty. Ingest "
+            "it with turns of the assistant."
+        )
+    if cfg.batch.global_size > counts.samples:
+        problems.append(
+            f"batch.global_size={cfg.batch.global_size} exceeds the {counts.samples} samples of "
+            f"data.train={cfg.data.train}. Use at most {counts.samples}, or more data."
+        )
+    return problems
+
+
+def _heldout_problems(
+    cfg: RunConfig, train: datasets.Manifest, heldout: datasets.Manifest
+) -> list[str]:
+    problems = []
+    if heldout.tokenizer.sha256 != train.tokenizer.sha256:
+        problems.append(
+            f"data.heldout={cfg.data.heldout} was tokenised with another tokenizer than data.train="
+            f"{cfg.data.train}. Ingest it again with the tokenizer of data.train."
+        )
+    if heldout.template.name != train.template.name:
+        problems.append(
+            f"data.heldout={cfg.data.heldout} uses the chat template {heldout.template.name}, "
+            f"data.train the template {train.template.name}. Ingest both with the same one."
+        )
+    if heldout.digest == train.digest:
+        problems.append(
+            f"data.heldout={cfg.data.heldout} is a copy of data.train: an accuracy on it would be "
+            "of learning by heart. Name another dataset."
+        )
+    return problems
+
+
+def _output_problems(cfg: RunConfig) -> list[str]:
+    problems = []
+    output = cfg.log.output
+    blocked = next((p for p in (output, *output.parents) if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        problems.append(
+            f"log.output={output} cannot be a directory: {blocked} is a file. Name another place."
+        )
+    resume = cfg.checkpoint.resume
+    if resume not in ("auto", "none") and not Path(resume).exists():
+        problems.append(
+            f"checkpoint.resume={resume} does not exist. Use a checkpoint's path, auto or none."
+        )
+    wanted = {"tensorboard": cfg.log.tensorboard, "wandb": cfg.log.wandb != "disabled"}
+    for package, on in wanted.items():
+        if on and importlib.util.find_spec(package) is None:
+            problems.append(
+                f"log.{package} needs the package {package}, which is not installed: "
+                f"pip install 'ghostvis-mega[{package}]', or switch log.{package} off."
+            )
+    return problems
