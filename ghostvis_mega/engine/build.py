@@ -1,0 +1,114 @@
+"""From settings to the modules and ZeRO engines of this rank."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ghostvis_mega.config.deepspeed import resolve_deepspeed
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.engine.holder import hold_llm, hold_vision
+from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
+from ghostvis_mega.engine.zero import ZeroEngine
+from ghostvis_mega.model.llm import LLMChunk
+from ghostvis_mega.model.megatron import BlockLayout, choose_backend, transformer_config
+from ghostvis_mega.model.vision import VisionEncoder
+from ghostvis_mega.parallel.groups import Groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """What one rank holds of the model, and the engines that train it."""
+
+    chunks: list[LLMChunk]
+    encoder: VisionEncoder | None
+    llm_engine: ZeroEngine | None
+    """None when the LLM is frozen."""
+    vision_engine: ZeroEngine | None
+    """None when tower, resampler and projector are all frozen, or there are none."""
+
+
+def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Parts:
+    """Build, initialise and freeze the model of this rank and wrap what trains."""
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    chunks = build_chunks(run, groups, device=device, dtype=dtype)
+    encoder = build_encoder(run, device=device, dtype=dtype)
+    if "llm" in run.train.freeze:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+    if encoder is not None:
+        for module, part in (("vision", "tower"), ("resampler", "resampler"), ("projector", "projector")):
+            if module in run.train.freeze:
+                getattr(encoder, part).requires_grad_(False)
+    mark_pipeline_copy(chunks, groups)
+    llm_engine = vision_engine = None
+    if "llm" not in run.train.freeze:
+        llm_engine = ZeroEngine(
+            hold_llm(chunks),
+            optim=run.optim,
+            settings=resolve_deepspeed(run.deepspeed.llm, run=run, engine="llm", world_size=len(groups.places)),
+            grid=LLMGrid(groups),
+            groups=groups,
+            device=device,
+        )
+    if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
+        settings = run.deepspeed.vision or run.deepspeed.llm
+        vision_engine = ZeroEngine(
+            hold_vision(encoder),
+            optim=run.optim,
+            settings=resolve_deepspeed(settings, run=run, engine="vision", world_size=len(groups.places)),
+            grid=WorldGrid(groups),
+            groups=groups,
+            device=device,
+        )
+    return Parts(chunks=chunks, encoder=encoder, llm_engine=llm_engine, vision_engine=vision_engine)
+
+
+def build_chunks(
+    run: RunConfig, groups: Groups, *, device: torch.device, dtype: torch.dtype
+) -> list[LLMChunk]:
+    """The LLM chunks of this pipeline stage, initialised."""
+    degrees, llm = groups.degrees, run.model.llm
+    backend = choose_backend(device)
+    layout = BlockLayout(
+        tensor=degrees.tensor,
+        sequence_parallel=run.parallel.sequence_parallel and degrees.tensor > 1,
+        pipeline=degrees.pipeline,
+        virtual_pipeline=degrees.virtual_pipeline,
+    )
+    config = transformer_config(llm, layout=layout, dtype=dtype, backend=backend, recompute=run.train.recompute)
+    log.info("LLM layers: %s", "Transformer Engine" if backend == "te" else "Megatron-Core with SDPA attention")
+    chunks = []
+    for number in range(degrees.virtual_pipeline):
+        chunk = LLMChunk(
+            config,
+            llm,
+            groups=groups.megatron,
+            backend=backend,
+            first=groups.is_first_stage and number == 0,
+            last=groups.is_last_stage and number == degrees.virtual_pipeline - 1,
+            chunk=number if degrees.virtual_pipeline > 1 else None,
+        ).to(device)
+        chunk.initialize(run.train.seed)
+        chunks.append(chunk)
+    return chunks
+
+
+def build_encoder(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> VisionEncoder | None:
+    """The vision encoder, whole on every rank and initialised alike; None for a text-only model."""
+    if run.model.vision is None:
+        return None
+    encoder = VisionEncoder(run.model).to(device)
+    for part in (encoder.tower, encoder.resampler, encoder.projector):
+        part.to(dtype)
+    encoder.initialize(run.train.seed)
+    return encoder
+
+
+def mark_pipeline_copy(chunks: list[LLMChunk], groups: Groups) -> None:
+    """Mark the last stage's copy of tied embeddings, so that the gradient norm counts the parameter once."""
+    for chunk in chunks:
+        if groups.degrees.pipeline > 1 and chunk.llm.tied_embeddings and hasattr(chunk, "head"):
+            chunk.head.weight.ds_pipe_replicated = True

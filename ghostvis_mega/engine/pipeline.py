@@ -1,0 +1,108 @@
+"""Megatron-Core's schedules over the raw LLM chunks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ghostvis_mega.model.inputs import ModelInput
+from ghostvis_mega.model.llm import LLMChunk
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch on its way through the chunks of a stage."""
+
+    inputs: ModelInput
+    image_ids: tuple[int, ...]
+    """Pictures in slot order."""
+
+
+def run_training_schedule(
+    chunks: list[LLMChunk],
+    work: Sequence[Work],
+    leaves: dict[int, torch.Tensor],
+    *,
+    loss_scale: float,
+) -> torch.Tensor:
+    """Forward and backward of all micro-batches: no pipeline, 1F1B or interleaved, as the layout says.
+
+    Args:
+        chunks: This stage's.
+        work: Micro-batches, the same number on every stage; rows and lengths equal.
+        leaves: Image embeddings [T, H] by id on the first stage; their `.grad` adds up.
+        loss_scale: Factor on each micro-batch's loss sum, beside the schedule's own 1 / number of micro-batches.
+
+    Returns:
+        Sum of the unscaled losses over this replica's micro-batches; 0 before the last stage.
+    """
+
+    def loss(inputs: ModelInput, chunk: LLMChunk, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = chunk.loss_sum(hidden, inputs)
+        # The schedule divides its loss in place, so what is reported must be a copy.
+        return total * loss_scale, total.detach().clone()
+
+    def forward_step(items: Iterator[Work], chunk: LLMChunk):
+        item = next(items)
+        hidden = chunk(item.inputs, gather_vision(item, leaves) if chunk.pre_process else None)
+        return hidden, partial(loss, item.inputs, chunk)
+
+    losses = _run(chunks, work, forward_step, forward_only=False)
+    device = work[0].inputs.tokens_BS.device
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+
+
+def run_scoring_schedule(
+    chunks: list[LLMChunk],
+    work: Sequence[Work],
+    embeddings: dict[int, torch.Tensor],
+    rows: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Forward only: this tensor rank's logits at chosen positions of each micro-batch.
+
+    Args:
+        chunks: This stage's.
+        work: Micro-batches.
+        embeddings: Image embeddings [T, H] by id, on the first stage.
+        rows: int64 flat S*B positions for each micro-batch.
+
+    Returns:
+        [rows, vocabulary part] for each micro-batch on the last stage, else an empty list.
+    """
+    waiting = {id(item): index for item, index in zip(work, rows, strict=True)}
+
+    def score(item: Work, chunk: LLMChunk, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden.new_zeros(()), chunk.logits(hidden, waiting[id(item)])
+
+    def forward_step(items: Iterator[Work], chunk: LLMChunk):
+        item = next(items)
+        hidden = chunk(item.inputs, gather_vision(item, embeddings) if chunk.pre_process else None)
+        return hidden, partial(score, item, chunk)
+
+    with torch.no_grad():
+        return _run(chunks, work, forward_step, forward_only=True)
+
+
+def gather_vision(item: Work, embeddings: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    """Embeddings of a micro-batch's pictures, slot after slot: [slots * T, H]; None without pictures."""
+    if not item.image_ids:
+        return None
+    return torch.cat([embeddings[image] for image in item.image_ids])
+
+
+def _run(chunks: list[LLMChunk], work: Sequence[Work], forward_step, *, forward_only: bool) -> list[torch.Tensor]:
+    num_rows, length = work[0].inputs.tokens_BS.shape
+    # The interleaved schedule runs each chunk over all micro-batches: one iterator each.
+    iterators = [iter(work) for _ in chunks]
+    several = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=chunks if several else chunks[0],
+        num_microbatches=len(work),
+        seq_length=length,
+        micro_batch_size=num_rows,
+        forward_only=forward_only,
+    )

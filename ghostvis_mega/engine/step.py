@@ -1,0 +1,192 @@
+"""One optimizer step over all ranks; `docs/architecture.md` draws it.
+
+The order of collectives is the same on every rank and in every step, whatever the batch holds: a rank without
+pictures, a stage without anything to train and a text-only batch take part like all others.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data.batch import MicroBatch
+from ghostvis_mega.engine.build import Parts, build_parts
+from ghostvis_mega.engine.finish import fill_missing_gradients, sum_sequence_parallel_gradients, sum_tied_gradients
+from ghostvis_mega.engine.optimizer import lr_factor
+from ghostvis_mega.engine.pipeline import Work, run_training_schedule
+from ghostvis_mega.engine.vision import VisionRunner
+from ghostvis_mega.model.inputs import model_input
+from ghostvis_mega.parallel.dispatch import ImageDispatch
+from ghostvis_mega.parallel.exchange import EmbeddingExchange
+from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.utils.timing import SectionTimer
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one rank needs for one step."""
+
+    micro_batches: Sequence[MicroBatch]
+    """Of this rank's replica."""
+    dispatch: ImageDispatch
+    pixels_N3hw: torch.Tensor
+    """uint8, the pictures this rank encodes, by ascending id."""
+    trained_tokens: float
+    """Sum of the loss weights over the whole global batch."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, equal on all ranks."""
+
+    loss: float
+    """Mean over the trained tokens of the global batch."""
+    grad_norm: float
+    """Joint norm of everything that trains, before the clip."""
+    skipped: bool
+    """True when loss or norm was not finite: no weight changed, on any rank."""
+    lr_factor: float
+
+
+class TrainEngine:
+    """The model of this rank and the step that trains it.
+
+    Args:
+        run: Settings, already checked.
+        groups: Of this rank.
+        device: Of this rank.
+    """
+
+    def __init__(self, run: RunConfig, groups: Groups, *, device: torch.device):
+        self.run, self.groups, self.device = run, groups, device
+        self.parts: Parts = build_parts(run, groups, device=device)
+        self.timer = SectionTimer(device)
+        self.vision: VisionRunner | None = None
+        if self.parts.encoder is not None:
+            self.vision = VisionRunner(self.parts.encoder, run.tower, width=run.model.llm.hidden_size)
+
+    @property
+    def engines(self) -> list:
+        """The ZeRO engines in the order in which every rank uses them."""
+        return [e for e in (self.parts.llm_engine, self.parts.vision_engine) if e is not None]
+
+    def step(self, batch: StepInput, *, step: int) -> StepResult:
+        """Train on one global batch.
+
+        Args:
+            batch: This rank's part.
+            step: Counted from 0; sets the learning rate.
+        """
+        gradients_wanted = self.parts.vision_engine is not None
+        exchange = EmbeddingExchange(batch.dispatch, self.groups)
+        leaves = self.image_embeddings(exchange, batch.pixels_N3hw, for_training=gradients_wanted)
+        with ExitStack() as reductions, self.timer.section("llm"):
+            if self.parts.llm_engine is not None:
+                reductions.enter_context(self.parts.llm_engine.reduce_once())
+            loss_sum = run_training_schedule(
+                self.parts.chunks,
+                self.work(batch.micro_batches),
+                leaves,
+                loss_scale=self.loss_scale(batch),
+            )
+            if self.parts.llm_engine is not None:
+                self.finish_llm_gradients()
+        if gradients_wanted:
+            with self.parts.vision_engine.reduce_once():
+                self.vision_backward(exchange, leaves)
+        return self.update(loss_sum, batch, step=step)
+
+    def image_embeddings(
+        self, exchange: EmbeddingExchange, pixels_N3hw: torch.Tensor, *, for_training: bool
+    ) -> dict[int, torch.Tensor]:
+        """Encode this rank's pictures and fetch those its replica reads: [T, H] leaves by image id."""
+        if self.vision is None:
+            return {}
+        with self.timer.section("vision"):
+            own_NTH = self.vision.encode(pixels_N3hw.to(self.device), for_training=for_training)
+        with self.timer.section("exchange"):
+            wanted_NTH = exchange.embeddings(own_NTH)
+        return {
+            image: embedding.clone().requires_grad_(for_training)
+            for image, embedding in zip(exchange.wanted, wanted_NTH, strict=True)
+        }
+
+    def work(self, micro_batches: Sequence[MicroBatch]) -> list[Work]:
+        """Micro-batches on the device."""
+        return [
+            Work(
+                inputs=model_input(
+                    batch,
+                    tokens_per_image=self.run.model.tokens_per_image,
+                    device=self.device,
+                    for_sdpa=self.parts.chunks[0].backend == "cpu",
+                ),
+                image_ids=tuple(slot.image_id for slot in batch.images),
+            )
+            for batch in micro_batches
+        ]
+
+    def loss_scale(self, batch: StepInput) -> float:
+        """Factor that makes the averages of schedule and DeepSpeed a mean over the global batch's trained tokens.
+
+        The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size, whatever the
+        micro-batches hold; the objective must not depend on either.
+        """
+        return len(batch.micro_batches) * self.groups.degrees.data / batch.trained_tokens
+
+    def finish_llm_gradients(self) -> None:
+        """Complete the LLM's local gradients: zeros for unused ones, sums over sequence and tied copies."""
+        parameters = self.parts.llm_engine.trained
+        fill_missing_gradients(parameters)
+        sum_sequence_parallel_gradients(parameters, self.groups)
+        tied = None
+        if self.run.model.llm.tied_embeddings:
+            for chunk in self.parts.chunks:
+                if chunk.pre_process or chunk.post_process:
+                    tied = chunk.output.weight
+        sum_tied_gradients(tied, self.groups)
+
+    def vision_backward(self, exchange: EmbeddingExchange, leaves: dict[int, torch.Tensor]) -> None:
+        """Send the embeddings' gradients to the pictures' owners and run the encoder backward there."""
+        shape = (len(leaves), self.run.model.tokens_per_image, self.run.model.llm.hidden_size)
+        wanted_NTH = torch.zeros(shape, device=self.device)
+        for index, leaf in enumerate(leaves.values()):
+            if leaf.grad is not None:
+                wanted_NTH[index] = leaf.grad
+        with self.timer.section("exchange"):
+            own_NTH = exchange.gradients(wanted_NTH)
+        with self.timer.section("vision"):
+            self.vision.backward(own_NTH * self.vision_gradient_scale())
+
+    def vision_gradient_scale(self) -> float:
+        """DeepSpeed averages the encoder over the world, the loss was scaled for an average over the replicas."""
+        return len(self.groups.places) / self.groups.degrees.data
+
+    def update(self, loss_sum: torch.Tensor, batch: StepInput, *, step: int) -> StepResult:
+        """One norm over all engines, one decision, one clip, then every engine steps.
+
+        A single all-reduce carries the squared norms and the loss.
+        """
+        with self.timer.section("optimizer"):
+            counts = self.groups.is_last_stage and self.groups.place.tensor == 0
+            parts = [loss_sum.float() if counts else torch.zeros_like(loss_sum, dtype=torch.float32)]
+            parts += [engine.square_sum() for engine in self.engines]
+            totals = torch.stack(parts)
+            dist.all_reduce(totals, group=self.groups.world)
+            loss, *squares = totals.double().tolist()
+            loss /= batch.trained_tokens
+            norm = sum(squares) ** 0.5
+            finite = all(abs(x) != float("inf") and x == x for x in (loss, norm))
+            factor = lr_factor(step, optim=self.run.optim, total_steps=self.run.train.steps)
+            limit = self.run.optim.clip_norm
+            clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 and finite else 1.0
+            for engine in self.engines:
+                if finite:
+                    engine.set_learning_rates(factor, self.run.optim)
+                    engine.update(clip)
+                else:
+                    engine.discard()
+        return StepResult(loss=loss, grad_norm=norm, skipped=not finite, lr_factor=factor)

@@ -1,0 +1,150 @@
+"""DeepSpeed ZeRO around modules that Megatron-Core's schedule runs: one reduction and one update a step.
+
+DeepSpeed 0.19's own forward and backward cannot be used inside a pipeline schedule: with several graphs outstanding
+its hooks reduce a parameter twice. Gradients therefore accumulate in `.grad` and are reduced once
+(`coalesce_grad_reduction`); the global norm, the clip and the decision to skip are made over all engines at once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from torch import nn
+
+from ghostvis_mega.config.deepspeed import ResolvedDeepSpeed
+from ghostvis_mega.config.schema import OptimConfig
+from ghostvis_mega.engine.finish import average_gradients, fill_missing_gradients
+from ghostvis_mega.engine.holder import Holder
+from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
+from ghostvis_mega.engine.optimizer import build_adamw, parameter_groups
+from ghostvis_mega.parallel.groups import Groups
+
+
+class ZeroEngine:
+    """One DeepSpeed engine and the few calls our step makes on it.
+
+    Args:
+        holder: Modules to train, never called.
+        optim: Optimizer settings.
+        settings: Resolved DeepSpeed settings.
+        grid: Whose data-parallel group the gradients are averaged over.
+        groups: Of this rank.
+        device: Where the parameters are.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        *,
+        optim: OptimConfig,
+        settings: ResolvedDeepSpeed,
+        grid: LLMGrid | WorldGrid,
+        groups: Groups,
+        device: torch.device,
+    ):
+        self.holder, self.stage, self.grid, self.groups = holder, settings.stage, grid, groups
+        self.trained = [p for p in holder.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            if parameter.dtype != torch.float32:
+                # Micro-batches add up in fp32; bf16 sums would lose small gradients.
+                parameter.grad_dtype = torch.float32
+        optimizer = build_adamw(parameter_groups(holder.named_parameters(), optim), optim, device=device)
+        config = settings.config
+        self.bucket_elements = config["zero_optimization"]["reduce_bucket_size"]
+        if self.stage in (1, 2):
+            # We compute one norm over all engines; DeepSpeed's own would be a second one, over one engine.
+            config = config | {"zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False}}
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=holder, optimizer=optimizer, config=config, mpu=grid
+        )
+        if self.stage == 3:
+            # Stage 3 takes the rank in TP x PP where stages 1 and 2 take the tensor rank.
+            self.optimizer.model_parallel_rank = grid.get_tensor_model_parallel_rank()
+
+    @contextlib.contextmanager
+    def reduce_once(self) -> Iterator[None]:
+        """Backward passes inside accumulate locally; leaving averages the gradients over data parallelism."""
+        context = contextlib.nullcontext() if self.stage == 0 else self.engine.coalesce_grad_reduction()
+        with context:
+            yield
+            fill_missing_gradients(self.trained)
+        if self.stage == 0:
+            average_gradients(
+                self.trained, self.grid.get_data_parallel_group(), bucket_elements=self.bucket_elements
+            )
+
+    def set_learning_rates(self, factor: float, optim: OptimConfig) -> None:
+        """Scale every group's peak learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * getattr(optim.lr, group["module"])
+
+    def square_sum(self) -> torch.Tensor:
+        """This rank's share of the squared gradient norm, fp32 scalar.
+
+        Summed over the world, every element of every distinct parameter counts once: shards of ZeRO and tensor
+        parallelism add up, replicated copies count on one rank.
+        """
+        norms = [
+            gradient.detach().float().norm()
+            for gradient, parameter in self._owned_gradients()
+            if self._counts(parameter)
+        ]
+        if not norms:
+            return torch.zeros((), device=self._device)
+        return torch.stack(norms).double().square().sum().float()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trained[0].device
+
+    def _owned_gradients(self) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
+        if self.stage == 0:
+            if self.grid.get_data_parallel_rank() == 0:
+                yield from ((p.grad, p) for p in self.trained)
+            return
+        partitions = self.optimizer.params_in_partition if self.stage < 3 else self.optimizer.fp16_groups
+        for index, gradients in self.optimizer.averaged_gradients.items():
+            real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+            yield from zip(real, partitions[index], strict=False)
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        cut = getattr(parameter, "tensor_model_parallel", False)
+        return cut or self.grid.get_tensor_model_parallel_rank() == 0
+
+    def update(self, scale: float) -> None:
+        """Multiply all gradients by `scale` and take the optimizer step."""
+        if self.stage == 0:
+            torch._foreach_mul_([p.grad for p in self.trained], scale)
+        else:
+            # DeepSpeed divides gradients by its loss scale on the way into the optimizer.
+            self.optimizer.override_loss_scale(1.0 / scale)
+        self.engine.step()
+
+    def discard(self) -> None:
+        """Drop the gradients of a skipped step; weights and optimizer state stay as they are."""
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.stage < 3:
+            self.optimizer._release_preflattened_grad_buffers()
+            self.optimizer.all_grad_tensors.clear()
+            for index in self.optimizer.averaged_gradients:
+                self.optimizer.averaged_gradients[index] = None
+            self.optimizer.micro_step_id = -1
+        else:
+            self.optimizer.averaged_gradients.clear()
+            self.optimizer.micro_step_id = -1
+
+    def weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """One parameter whole over data parallelism; with stage 3 collective in the engine's group."""
+        return deepspeed.utils.safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter.data
+
+    def gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The averaged gradient of one parameter, whole over data parallelism; collective in the engine's group."""
+        if self.stage == 0:
+            return parameter.grad
+        return deepspeed.utils.safe_get_full_grad(parameter)
