@@ -10,6 +10,8 @@ SHELL := /bin/bash
 PYTHON ?=
 PYTEST_ARGS ?= -q
 DEMO := runs/demo
+# Pieces of the demo's tokenizer; its text has few words.
+DEMO_VOCAB := 512
 PYENV_PYTHONS := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python)
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3 python $(PYENV_PYTHONS))
 
@@ -88,12 +90,14 @@ demo:
 	$(DEVICE_ENV)
 	processes=2
 	if [ "$$gpus" = 1 ]; then processes=1; fi
+	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
 	echo "demo: tokenizer and pictures"
-	python -m tools.preprocess train-tokenizer easy-vqa --output $(DEMO)/tokenizer.model
+	python -m tools.preprocess train-tokenizer --from easy-vqa --vocab $(DEMO_VOCAB) \
+	    --out $(DEMO)/tokenizer.model
 	for split in train test; do
 	    python -m tools.preprocess ingest easy-vqa --split $$split \
-	        --tokenizer $(DEMO)/tokenizer.model --output $(DEMO)/$$split.gvd
+	        --tokenizer $(DEMO)/tokenizer.model --out $(DEMO)/$$split.gvd
 	done
 	echo "demo: training on $$processes processes"
 	port=$$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')

@@ -65,7 +65,7 @@ setup(
     package_data={"ghostvis_mega": ["**/*.css", "**/*.js", "**/*.yaml", "**/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ghostvis=ghostvis_mega.__main__:main"]},
+    entry_points={"console_scripts": ["ghostvis=ghostvis_mega.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Operating System :: POSIX :: Linux",

@@ -13,12 +13,12 @@ def si(value: float) -> str:
         # 999.5 and more would round up to four digits.
         if abs(value) >= factor * 0.9995:
             return f"{_three_digits(value / factor)}{prefix}"
-    return _three_digits(value)
+    return f"{value:.0f}" if value == int(value) else _three_digits(value)
 
 
 def _three_digits(value: float) -> str:
     size = abs(value)
-    if size >= 99.95 or value == int(value):
+    if size >= 99.95:
         return f"{value:.0f}"
     return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
 

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import TextIO
 
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import Preview, RunInfo, Summary, step_mfu
@@ -35,23 +34,21 @@ def read_metrics(path: Path, *, last_step: int) -> list[StepMetrics]:
 
 
 class JsonLines:
-    """Writes `metrics.jsonl`, each line flushed: it can be followed and survives a crash."""
+    """Writes `metrics.jsonl` a closed line a step: it can be followed and survives a crash."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._file: TextIO | None = None
         self._run: RunInfo = {"total_steps": 0}
 
     def on_start(self, run: RunInfo) -> None:
-        """Open the file; steps after the one that the run resumed from are dropped, not doubled."""
+        """Begin the file; steps after the one that the run resumed from are dropped."""
         self._run = run
         self._path.parent.mkdir(parents=True, exist_ok=True)
         start = run.get("start_step", 0)
-        if self._path.exists():
-            kept = read_metrics(self._path, last_step=start) if start else []
-            text = "".join(self._line(m) for m in kept)
-            atomic_write(self._path, text.encode("utf-8"))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by on_end
+        kept = []
+        if start and self._path.exists():
+            kept = read_metrics(self._path, last_step=start)
+        atomic_write(self._path, "".join(self._line(m) for m in kept).encode("utf-8"))
 
     def _line(self, m: StepMetrics) -> str:
         mfu = step_mfu(m, self._run)
@@ -64,14 +61,11 @@ class JsonLines:
 
     def on_step(self, m: StepMetrics) -> None:
         """Append the step."""
-        assert self._file is not None, "on_start comes first"
-        self._file.write(self._line(m))
-        self._file.flush()
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(self._line(m))
 
     def on_preview(self, step: int, previews: list[Preview]) -> None:
         """Previews have pictures and belong to the report."""
 
     def on_end(self, summary: Summary) -> None:
-        """Close the file."""
-        assert self._file is not None, "on_start comes first"
-        self._file.close()
+        """The summary has a file of its own."""

@@ -25,7 +25,7 @@ def run_charts(steps: list[StepMetrics]) -> list[Chart]:
             allow_log=True,
         ),
         Chart("Learning rate", _learning_rates(steps), _power, "{:.3e}".format),
-        Chart("Useful tokens per second", _raw_and_smooth(steps, rate, "c3"), si, si),
+        Chart("Useful tokens per second", _raw_and_smooth(steps, rate, "c3"), short_si, si),
     ]
 
 
@@ -74,6 +74,14 @@ def _learning_rates(steps: list[StepMetrics]) -> tuple[Series, ...]:
 
 def _number(value: float) -> str:
     return f"{value:.6g}"
+
+
+def short_si(value: float) -> str:
+    """`8k` instead of `8.00k`: ticks are round numbers."""
+    text = si(value)
+    if value < 1000 or "." not in text:
+        return text
+    return text[:-1].rstrip("0").rstrip(".") + text[-1]
 
 
 def _power(value: float) -> str:

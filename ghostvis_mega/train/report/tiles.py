@@ -1,6 +1,7 @@
 """The numbers one wants first, as tiles."""
 
 import html
+import math
 
 from ghostvis_mega.train.metrics import Smoother, StepMetrics
 from ghostvis_mega.train.observers.base import RunInfo, Summary, step_mfu
@@ -42,7 +43,13 @@ def _accuracy(summary: Summary) -> str:
 def _loss(steps: list[StepMetrics]) -> str:
     smoother = Smoother(decay=0.9)
     last = [smoother.update(m.loss) for m in steps][-1]
-    return _tile("Loss", f"{last:.4g}", f"from {steps[0].loss:.4g} at step {steps[0].step}")
+    return _tile(
+        "Loss", _loss_text(last), f"from {_loss_text(steps[0].loss)} at step {steps[0].step}"
+    )
+
+
+def _loss_text(loss: float) -> str:
+    return f"{loss:.4g}" if math.isfinite(loss) else "not finite"
 
 
 def _speed(run: RunInfo, steps: list[StepMetrics]) -> str:
