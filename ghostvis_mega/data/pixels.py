@@ -6,6 +6,10 @@ set: it turns the missing part grey and reports nothing.
 
 import io
 import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +33,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUIET_LOCK = threading.Lock()
 _WHITE = (255, 255, 255, 255)
 _DECODE_ERRORS = (
     OSError,
@@ -64,15 +69,27 @@ class ImageInfo:
     bits: int
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings on odd metadata; what matters here is checked or raised.
+
+    Filters are global to the process and restored on leaving, so two threads must not interleave.
+    """
+    with _QUIET_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _open(data: bytes) -> Image.Image:
     """Parse the header and refuse what is too large before a pixel is decoded."""
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        with _quiet():
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
             "not_an_image", f"{len(data)} bytes that are no {', '.join(_FORMATS)}"
         ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
     except _DECODE_ERRORS as error:
         raise ImageError("broken", f"header: {error}") from error
@@ -85,7 +102,8 @@ def _open(data: bytes) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; broken EXIF is common and never a reason to lose a picture."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        with _quiet():
+            value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODE_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

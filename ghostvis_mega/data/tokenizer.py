@@ -29,6 +29,7 @@ SPECIALS = {
 SMALLEST_VOCAB = 256 + len(SPECIALS) + 2
 """256 bytes, the specials, <unk>, and at least one piece."""
 
+_SPACE_MARK = "\u2581"
 _LONGEST_LINE_BYTES = 1 << 14
 
 
@@ -41,6 +42,14 @@ class Tokenizer:
         self.sha256 = sha256
         self.vocab_size: int = processor.vocab_size()
         self.specials = _special_ids(processor, path)
+        self._space_mark = [
+            processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
+        ]
+        if not all(processor.is_byte(token) for token in self._space_mark):
+            raise DataError(
+                f"tokenizer file {path} has no byte fallback, so some text would be unknown; "
+                "train one with `python -m tools.preprocess train-tokenizer`"
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -65,11 +74,15 @@ class Tokenizer:
             DataError: `text` has lone surrogates and so no UTF-8 form.
         """
         try:
-            return self._processor.encode(text)
+            text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"text is not valid Unicode: {error.reason} at character {error.start}"
             ) from error
+        # SentencePiece writes spaces as U+2581, so that character itself would come back as a
+        # space; as bytes it survives.
+        first, *rest = (self._processor.encode(part) for part in text.split(_SPACE_MARK))
+        return [*first, *(token for part in rest for token in (*self._space_mark, *part))]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens leave nothing behind."""
@@ -120,6 +133,9 @@ def train_tokenizer(lines: Iterable[str], *, vocab_size: int, path: Path) -> Tok
     model = io.BytesIO()
     # Identity normalisation, no dummy prefix and no trimming make decode(encode(x)) == x, so that
     # what is trained is exactly what the data says.
+    lines = list(lines)
+    if not any(line.strip() for line in lines):
+        raise DataError("the tokenizer could not be trained: the source holds no text")
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(part for line in lines for part in line.splitlines() if part),

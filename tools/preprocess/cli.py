@@ -233,6 +233,8 @@ def verify_command(
 
     Example: python -m tools.preprocess verify train.gvd --deep
     """
+    if not dataset.is_dir():
+        raise DataError(f"{dataset} is not a directory")
     problems = verify_dataset(dataset, deep=deep)
     if as_json:
         _print_json({"ok": not problems, "problems": problems})
