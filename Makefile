@@ -4,14 +4,16 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help env test demo clean find-python
+.PHONY: help env test demo demo-data clean find-python
 
 # An interpreter of your choice: make env PYTHON=/path/to/python3.12
 PYTHON ?=
 PYTEST_ARGS ?= -q
+# As examples/configs/vlm_tiny_easyvqa.yaml names them.
 DEMO := runs/demo
-# Pieces of the demo's tokenizer; its text has few words.
-DEMO_VOCAB := 512
+DATA := datasets/easy-vqa
+# The demo's time counts from here, the installation included.
+STARTED := $(shell printf '%(%s)T' -1)
 PYENV_PYTHONS := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python)
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3 python $(PYENV_PYTHONS))
 
@@ -49,10 +51,11 @@ if [ "$$gpus" = 0 ]; then export DS_ACCELERATOR=cpu; fi
 endef
 
 help:
-	echo "make demo   train a small vision-language model on pictures, report in $(DEMO)/report"
-	echo "make test   style check and tests"
-	echo "make env    the environment in .venv alone"
-	echo "make clean  remove .venv, runs/ and caches"
+	echo "make demo       train a small vision-language model on pictures, report in $(DEMO)/report"
+	echo "make test       style check and tests"
+	echo "make env        the environment in .venv alone"
+	echo "make demo-data  the demo's pictures as prepared datasets in $(dir $(DATA)) alone"
+	echo "make clean      remove .venv, the demo's files and caches"
 
 find-python:
 	$(FIND_PYTHON)
@@ -84,25 +87,26 @@ test: env
 	echo "test: pytest"
 	python -m pytest $(PYTEST_ARGS)
 
-demo:
-	export GHOSTVIS_DEMO_STARTED=$$(date +%s)
-	$(MAKE) env
+demo-data: env
 	$(DEVICE_ENV)
+	mkdir -p $(dir $(DATA))
+	echo "demo: tokenizer and pictures"
+	python -m tools.preprocess train-tokenizer --from easy-vqa --vocab 512 --out $(DATA).model
+	for split in train test; do
+	    python -m tools.preprocess ingest easy-vqa --split $$split --force \
+	        --tokenizer $(DATA).model --out $(DATA)-$$split.gvd
+	done
+
+demo: demo-data
+	$(DEVICE_ENV)
+	export GHOSTVIS_DEMO_STARTED=$(STARTED)
 	processes=2
 	if [ "$$gpus" = 1 ]; then processes=1; fi
 	rm -rf $(DEMO)
-	mkdir -p $(DEMO)
-	echo "demo: tokenizer and pictures"
-	python -m tools.preprocess train-tokenizer --from easy-vqa --vocab $(DEMO_VOCAB) \
-	    --out $(DEMO)/tokenizer.model
-	for split in train test; do
-	    python -m tools.preprocess ingest easy-vqa --split $$split \
-	        --tokenizer $(DEMO)/tokenizer.model --out $(DEMO)/$$split.gvd
-	done
 	echo "demo: training on $$processes processes"
 	port=$$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
 	deepspeed --num_accelerators $$processes --master_port $$port \
 	    examples/pretrain_vlm.py --config examples/configs/vlm_tiny_easyvqa.yaml
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache build ./*.egg-info
+	rm -rf .venv $(DEMO) $(DATA)-train.gvd $(DATA)-test.gvd $(DATA).model .pytest_cache .ruff_cache build ./*.egg-info
