@@ -56,5 +56,5 @@ def make_observers(log: LogConfig, *, rank: int) -> Observers:
     if log.tensorboard:
         members.append(TensorBoard(log.output / "tensorboard"))
     if log.wandb != "disabled":
-        members.append(Wandb(log.output / "wandb", mode=log.wandb))
+        members.append(Wandb(log.output, mode=log.wandb))
     return Observers(members)

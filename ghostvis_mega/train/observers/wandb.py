@@ -13,7 +13,7 @@ from ghostvis_mega.utils.errors import MissingDependencyError
 
 
 class Wandb:
-    """One wandb run; `offline` writes below `directory` and opens no connection.
+    """One wandb run; `offline` writes below `directory`/wandb and opens no connection.
 
     Raises:
         MissingDependencyError: the package `wandb` is not installed.
