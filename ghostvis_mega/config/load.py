@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ghostvis_mega.config.messages import dotted, section_at, section_of, sentences
+from ghostvis_mega.config.presets import MODEL_PRESETS
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.config.source import apply_overrides, expand_presets, read_file
 from ghostvis_mega.utils.errors import ConfigError
@@ -94,16 +95,27 @@ def _with_stand_ins(
             parent = parent.get(part) if isinstance(parent, dict) else None
         kind = section_at(place[:-1])
         if kind is None or not isinstance(parent, dict):
-            return None, frozenset()
+            continue
         parent.pop(place[-1], None)
         broken.add(dotted(place))
         field = kind.model_fields.get(str(place[-1]))
-        if field is None or not field.is_required():
+        if field is not None and field.is_required():
+            parent[place[-1]] = _stand_in(field.annotation)
+    whole_model = ({**settings, "model": MODEL_PRESETS["vlm_tiny"]}, broken | {"model"})
+    # A model without its LLM has no sizes that anything could be said of.
+    no_llm = not broken.isdisjoint({"model", "model.llm"})
+    for candidate, names in [whole_model] if no_llm else [(settings, broken), whole_model]:
+        try:
+            return RunConfig.model_validate(candidate), frozenset(names)
+        except ValidationError:
             continue
-        if section_of(field.annotation) is not None:
-            return None, frozenset()
-        parent[place[-1]] = "unset" if field.annotation in (str, Path) else 1
-    try:
-        return RunConfig.model_validate(settings), frozenset(broken)
-    except ValidationError:
-        return None, frozenset()
+    return None, frozenset()
+
+
+def _stand_in(annotation: Any) -> Any:
+    """Some value of the right type."""
+    section = section_of(annotation)
+    if section is not None:
+        fields = section.model_fields.items()
+        return {name: _stand_in(f.annotation) for name, f in fields if f.is_required()}
+    return "unset" if annotation in (str, Path) else 1

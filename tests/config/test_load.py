@@ -150,6 +150,23 @@ def test_one_report_holds_all_problems_and_the_rest_stays_usable(good: Path):
     assert loaded.keep_sound(said) == said[1:], "a stand-in's value is not spoken of"
 
 
+@pytest.mark.parametrize(
+    ("override", "hidden"),
+    [
+        ("model.preset=vlm_tny", "model"),
+        ("model.vision.kind=dino", "model.vision.kind"),
+        ("data=null", "data"),
+        ("deepspeed=ds.json", "deepspeed"),
+    ],
+)
+def test_even_a_broken_section_leaves_the_others_usable(good: Path, override: str, hidden: str):
+    loaded = read_run_config(good, [override])
+    assert len(loaded.problems) == 1, loaded.problems
+    assert loaded.config is not None and loaded.config.train.steps == 10
+    assert hidden in loaded.broken
+    assert loaded.keep_sound([f"{hidden}.x=1 is short.", f"{hidden}=2."]) == []
+
+
 def test_a_section_with_all_keys_commented_out_means_its_defaults(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD + "parallel:\n  # tensor: 2\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Degrees are arithmetic, and chunks hold the layers that Megatron-Core puts there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from ghostvis_mega.config.load import load_run_config
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.model.megatron import BlockLayout, transformer_config
+from ghostvis_mega.parallel.plan import Degrees
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/configs/vlm_tiny_easyvqa.yaml"
+
+
+def run_of(*, tensor: int = 1, pipeline: int = 1, virtual: int = 1, layers: int = 8) -> RunConfig:
+    return load_run_config(
+        EXAMPLE,
+        [
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+            f"parallel.virtual_pipeline={virtual}",
+            f"model.llm.num_layers={layers}",
+            "batch.global_size=16",
+        ],
+    )
+
+
+def test_what_the_model_leaves_over_is_data_parallel():
+    run = run_of(tensor=2, pipeline=2)
+    degrees = Degrees.of(run, world_size=16)
+    assert (degrees.data, degrees.model_parallel) == (4, 4)
+    assert degrees.num_micro_batches(run) == 4
+    assert degrees.describe() == "16 processes = TP 2 x PP 2 x DP 4"
+
+
+def test_a_world_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="6 processes cannot hold replicas of 4"):
+        Degrees.of(run_of(tensor=2, pipeline=2), world_size=6)
+
+
+def test_the_bubble_shrinks_with_micro_batches_and_chunks():
+    plain, interleaved = run_of(pipeline=2), run_of(pipeline=2, virtual=2)
+    assert Degrees.of(plain, world_size=2).bubble_share(plain) == 1 / 16
+    assert Degrees.of(interleaved, world_size=2).bubble_share(interleaved) == 1 / 32
+
+
+# Megatron-Core's configuration warns of a default of its own.
+@pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
+def test_layers_lie_where_megatron_puts_them(pipeline: int, virtual: int):
+    run = run_of(pipeline=pipeline, virtual=virtual)
+    degrees = Degrees.of(run, world_size=pipeline)
+    layout = BlockLayout(pipeline=pipeline, virtual_pipeline=virtual)
+    config = transformer_config(run.model.llm, layout=layout, dtype=torch.float32, backend="cpu")
+    seen = []
+    for stage in range(pipeline):
+        ranges = degrees.layers_of_stage(run, stage)
+        for chunk, layers in enumerate(ranges):
+            number = chunk if virtual > 1 else None
+            first = get_transformer_layer_offset(config, vp_stage=number, pp_rank=stage)
+            assert layers.start == first
+            seen += layers
+    assert sorted(seen) == list(range(8))
