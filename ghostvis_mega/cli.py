@@ -1,6 +1,7 @@
 """The command line. Commands import what they need when they run, so that `check` stays quick."""
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from ghostvis_mega.config.sizes import parameter_counts
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.logging import setup_logging
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,3 +157,71 @@ def _model_line(run: RunConfig) -> str:
 def main() -> None:
     """Entry point of `ghostvis`."""
     app(prog_name="ghostvis")
+
+
+GRADIENTS_HELP = """Compare a layout's first-step gradients with those of one plain fp32 process.
+
+\b
+Examples (the first writes the truth on one device, the second compares a layout with it):
+  python -m ghostvis_mega gradients examples/configs/vlm_1_5b_easyvqa.yaml --write-truth truth.safetensors
+  torchrun --nproc-per-node 2 -m ghostvis_mega gradients examples/configs/vlm_1_5b_easyvqa.yaml \\
+    --truth truth.safetensors parallel.tensor=2
+
+\b
+The distance of a one-GPU BF16 run is BF16's own rounding noise; a right layout has about the same.
+Exit code: 0 fine, 1 the worst error is above --bar, 2 wrong settings.
+"""
+
+
+@app.command(help=GRADIENTS_HELP)
+def gradients(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)
+    ] = None,
+    write_truth: Annotated[Path | None, typer.Option(help="Write the truth to this file.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Compare with the truth in this file.")] = None,
+    bar: Annotated[float | None, typer.Option(help="Largest joint error that is fine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Write or compare first-step gradients."""
+    if (write_truth is None) == (truth is None):
+        raise typer.BadParameter("give one of --write-truth FILE and --truth FILE")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    setup_logging(rank=rank)
+    if write_truth is not None and world_size > 1:
+        raise typer.BadParameter("--write-truth runs in one process")
+    try:
+        run = load_checked(config, overrides or [], world_size=world_size)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
+    from ghostvis_mega.perf.gradients import layout_errors, summary_rows, write_true_gradients
+    from ghostvis_mega.session import local_device, open_world
+
+    with open_world(run, device=local_device(run)) as world:
+        if write_truth is not None:
+            write_true_gradients(run, world.groups, write_truth, device=world.device)
+            return
+        assert truth is not None
+        loss, errors, shares = layout_errors(run, world.groups, truth, device=world.device)
+    rows = summary_rows(loss, errors, shares, bar=bar)
+    if rank == 0:
+        print_rows(rows, title=Degrees.of(run, world_size=world_size).describe(), as_json=as_json)
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None:
+    """Print rows of name, value, unit, bar and ok as a table or as one JSON list."""
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title=title)
+    for name in ("name", "value", "unit", "bar", "ok"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for row in rows:
+        value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
+        bar = "" if row["bar"] is None else f"{row['bar']:g}"
+        table.add_row(row["name"], value, row["unit"], bar, "yes" if row["ok"] else "NO")
+    Console().print(table)

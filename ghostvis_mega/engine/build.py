@@ -11,7 +11,7 @@ from ghostvis_mega.engine.holder import hold_llm, hold_vision
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
 from ghostvis_mega.engine.zero import ZeroEngine
 from ghostvis_mega.model.llm import LLMChunk
-from ghostvis_mega.model.megatron import BlockLayout, choose_backend, transformer_config
+from ghostvis_mega.model.megatron import Backend, BlockLayout, choose_backend, transformer_config
 from ghostvis_mega.model.vision import VisionEncoder
 from ghostvis_mega.parallel.groups import Groups
 
@@ -67,11 +67,24 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
 
 
 def build_chunks(
-    run: RunConfig, groups: Groups, *, device: torch.device, dtype: torch.dtype
+    run: RunConfig,
+    groups: Groups,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend | None = None,
 ) -> list[LLMChunk]:
-    """The LLM chunks of this pipeline stage, initialised."""
+    """The LLM chunks of this pipeline stage, initialised.
+
+    Args:
+        run: Settings.
+        groups: Of this rank.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        backend: Layer implementation; by default the one that suits the device.
+    """
     degrees, llm = groups.degrees, run.model.llm
-    backend = choose_backend(device)
+    backend = backend or choose_backend(device)
     layout = BlockLayout(
         tensor=degrees.tensor,
         sequence_parallel=run.parallel.sequence_parallel and degrees.tensor > 1,

@@ -80,6 +80,15 @@ class TrainEngine:
             batch: This rank's part.
             step: Counted from 0; sets the learning rate.
         """
+        loss_sum = self.accumulate(batch)
+        return self.update(loss_sum, batch, step=step)
+
+    def accumulate(self, batch: StepInput) -> torch.Tensor:
+        """Forward, backward and the reductions, up to but without the update.
+
+        Returns:
+            This replica's loss sum on the last pipeline stage, 0 before it.
+        """
         gradients_wanted = self.parts.vision_engine is not None
         exchange = EmbeddingExchange(batch.dispatch, self.groups)
         leaves = self.image_embeddings(exchange, batch.pixels_N3hw, for_training=gradients_wanted)
@@ -97,7 +106,7 @@ class TrainEngine:
         if gradients_wanted:
             with self.parts.vision_engine.reduce_once():
                 self.vision_backward(exchange, leaves)
-        return self.update(loss_sum, batch, step=step)
+        return loss_sum
 
     def image_embeddings(
         self, exchange: EmbeddingExchange, pixels_N3hw: torch.Tensor, *, for_training: bool

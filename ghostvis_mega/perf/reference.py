@@ -1,6 +1,6 @@
-"""The truth that layouts are compared with: one process, one row at a time, plain autograd and torch's AdamW.
+"""The truth that layouts are compared with: one process, one row at a time, fp32, plain autograd, torch's AdamW.
 
-No schedule, no exchange, no ZeRO and no packing of work over ranks; only the model's own mathematics.
+No Transformer Engine, no schedule, no exchange, no ZeRO and no packing of work over ranks; only the model's own mathematics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,9 @@ class PlainTrainer:
     def __init__(self, run: RunConfig, groups: Groups, *, device: torch.device):
         assert groups.degrees.tensor == groups.degrees.pipeline == 1, "the reference is never cut"
         self.run, self.device = run, device
-        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-        (self.llm,) = build_chunks(run, groups, device=device, dtype=dtype)
+        dtype = torch.float32
+        # Not Transformer Engine's layers, on a GPU either: what is compared with them must not share their code.
+        (self.llm,) = build_chunks(run, groups, device=device, dtype=dtype, backend="cpu")
         self.encoder = build_encoder(run, device=device, dtype=dtype)
         frozen = {"llm": self.llm}
         if self.encoder is not None:
@@ -41,14 +42,14 @@ class PlainTrainer:
         for module in run.train.freeze:
             frozen[module].requires_grad_(False)
         self.trained = [(name, p) for name, p in self.parameters().items() if p.requires_grad]
-        for _, parameter in self.trained:
-            if parameter.dtype != torch.float32:
-                parameter.grad_dtype = torch.float32
-        self.optimizer: torch.optim.AdamW | None = None
-        if dtype == torch.float32:
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.trained, run.optim), betas=run.optim.betas, eps=run.optim.eps
-            )
+        if run.train.precision == "bf16":
+            # A BF16 run starts from weights rounded to BF16; the truth computes in fp32 from the same ones.
+            with torch.no_grad():
+                for parameter in self.parameters().values():
+                    parameter.copy_(parameter.bfloat16())
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.trained, run.optim), betas=run.optim.betas, eps=run.optim.eps
+        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters under their global names."""
@@ -94,7 +95,6 @@ class PlainTrainer:
 
     def update(self, *, step: int) -> float:
         """Clip and step with the schedule's learning rates; returns the norm before the clip."""
-        assert self.optimizer is not None, "the reference trains in fp32"
         limit = self.run.optim.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_([p for _, p in self.trained], limit).item()
         factor = lr_factor(step, optim=self.run.optim, total_steps=self.run.train.steps)

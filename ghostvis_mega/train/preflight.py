@@ -16,12 +16,13 @@ from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data import manifest as datasets
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import sha256_file
+from ghostvis_mega.utils.hardware import has_cuda_device
 
 log = logging.getLogger(__name__)
 
 
 def load_checked(
-    path: str | Path, overrides: Iterable[str] = (), *, world_size: int, device: Device
+    path: str | Path, overrides: Iterable[str] = (), *, world_size: int, device: Device | None = None
 ) -> RunConfig:
     """Load a run's settings and check everything about it.
 
@@ -29,7 +30,7 @@ def load_checked(
         path: YAML file.
         overrides: Items `section.key=value`.
         world_size: Number of processes.
-        device: Where it will run.
+        device: Where it will run; by default on this machine, as `train.device` says.
 
     Raises:
         ConfigError: With all problems of all kinds.
@@ -37,6 +38,9 @@ def load_checked(
     loaded = read_run_config(path, overrides)
     problems = list(loaded.problems)
     if loaded.config is not None:
+        if device is None:
+            on_gpu = loaded.config.train.device != "cpu" and has_cuda_device()
+            device = "cuda" if on_gpu else "cpu"
         found = find_problems(loaded.config, world_size=world_size, device=device)
         problems += loaded.keep_sound(found)
     if problems or loaded.config is None:

@@ -54,3 +54,8 @@ def cpu_name() -> str:
             if key.strip() == "model name" and value.strip():
                 return value.strip()
     return platform.machine()
+
+
+def has_cuda_device() -> bool:
+    """Whether this machine has an NVIDIA GPU with its driver, found without importing torch."""
+    return Path("/dev/nvidia0").exists()

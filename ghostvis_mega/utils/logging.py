@@ -15,6 +15,9 @@ CHATTER = (
     ("Transformer Engine and Apex are not installed", UserWarning, "megatron"),
     ("Apex is not installed", UserWarning, "megatron"),
     ("The following imports from `dynamic_context.py`", DeprecationWarning, "megatron"),
+    ("full scope is deprecated", UserWarning, "megatron"),
+    # DeepSpeed's choice of collectives, said anew at every step.
+    ("`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is dep", FutureWarning, "torch"),
 )
 """Warnings about facts that we report ourselves: start of the message, class, module."""
 

@@ -1,0 +1,48 @@
+"""Train a vision-language model: one script for a laptop's CPU and for many GPUs.
+
+    deepspeed --num_accelerators 2 examples/pretrain_vlm.py --config examples/configs/vlm_tiny_easyvqa.yaml
+    torchrun --nproc-per-node 4 examples/pretrain_vlm.py --config RUN.yaml parallel.tensor=2 train.steps=100
+    python examples/pretrain_vlm.py --config RUN.yaml
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from ghostvis_mega.train.preflight import load_checked
+from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.logging import setup_logging
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, stronger than the file")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    started = float(os.environ.get("GHOSTVIS_DEMO_STARTED", time.time()))
+    try:
+        # Settings are checked before torch is even imported: a wrong one is reported in seconds.
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        run = load_checked(arguments.config, arguments.overrides, world_size=world_size)
+        from ghostvis_mega.session import Training, local_device, open_world
+
+        with open_world(run, device=local_device(run)) as world:
+            Training(run, world, started=started).execute()
+    except GhostVisError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

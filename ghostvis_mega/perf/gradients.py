@@ -1,0 +1,99 @@
+"""First-step gradients of a run in any layout against those of one plain fp32 process.
+
+Two runs of `python -m ghostvis_mega gradients`: one process writes the truth, then each layout is compared with it.
+The distance of a one-GPU BF16 run to the truth is the rounding noise of BF16; a layout is right when its own
+distance is about the same.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.inspect import reduced_gradient, relative_errors
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.perf.reference import PlainTrainer
+from ghostvis_mega.train.feed import Feed, load_pixels
+
+log = logging.getLogger(__name__)
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors of a safetensors file, read one at a time when asked for."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_true_gradients(run: RunConfig, groups: Groups, path: Path, *, device: torch.device) -> float:
+    """Compute the first step's gradients in one plain fp32 process and store them; returns the loss."""
+    dataset = Dataset.open(run.data.train)
+    batch, work = Feed(run, groups, dataset).get(0)
+    vision = run.model.vision
+    size = vision.image_size if vision else 1
+    ids = sorted({slot.image_id for micro in work.micro_batches for slot in micro.images})
+    pixels = load_pixels(dataset, ids, size=size, seeds=None)
+    trainer = PlainTrainer(run, groups, device=device)
+    loss = trainer.backward(work.micro_batches, dict(zip(ids, pixels, strict=True)))
+    save_file({name: g.cpu().contiguous() for name, g in trainer.gradients().items()}, path)
+    log.info("loss %.6f, %d gradients in %s (%d sequences)", loss, len(trainer.trained), path, len(batch.sequences))
+    return loss
+
+
+def layout_errors(
+    run: RunConfig, groups: Groups, path: Path, *, device: torch.device
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Loss of the first step, its gradients' relative L2 errors by name, and sizes of the true ones.
+
+    Collective. The sizes are the shares of the joint squared norm, so that errors can be weighted.
+    """
+    engine = TrainEngine(run, groups, device=device)
+    _, work = Feed(run, groups, Dataset.open(run.data.train)).get(0)
+    loss_sum = engine.accumulate(work)
+    truth = StoredTensors(path)
+    errors = relative_errors(engine, truth, reduced_gradient(engine))
+    squares = {name: float(truth[name].double().square().sum()) for name in truth}
+    joint = sum(squares.values())
+    result = engine.update(loss_sum, work, step=0)
+    return result.loss, errors, {name: square / joint for name, square in squares.items()}
+
+
+def summary_rows(
+    loss: float, errors: Mapping[str, float], shares: Mapping[str, float], *, bar: float | None
+) -> list[dict[str, Any]]:
+    """Rows of name, value, unit, bar and ok: the joint error of all gradients, then the worst parameter.
+
+    The joint error is the relative L2 distance of the whole gradient, that is the root of the parameters' squared
+    errors weighted with their shares of the joint squared norm.
+    """
+    joint = sum(errors[name] ** 2 * shares[name] for name in errors) ** 0.5
+    worst = max(errors, key=lambda name: errors[name])
+    median = sorted(errors.values())[len(errors) // 2]
+    fine = bar is None or joint <= bar
+
+    def row(name: str, value: float, *, held_to: float | None = None, ok: bool = True) -> dict[str, Any]:
+        return {"name": name, "value": value, "unit": "relative L2", "bar": held_to, "ok": ok}
+
+    return [
+        {"name": "loss", "value": loss, "unit": "nats", "bar": None, "ok": True},
+        row("joint gradient", joint, held_to=bar, ok=fine),
+        row("median parameter", median),
+        row(f"worst parameter: {worst}", errors[worst]),
+    ]

@@ -1,0 +1,169 @@
+"""One training run from its settings to its report: the place where all packages meet."""
+
+import contextlib
+import datetime
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from ghostvis_mega.checkpoint.store import CheckpointStore
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.inspect import owned_parameters
+from ghostvis_mega.engine.optimizer import module_of
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.eval.vqa import heldout_accuracy, question_only_accuracy
+from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
+from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.train.loop import Loop
+from ghostvis_mega.train.observers import RunInfo, Summary
+from ghostvis_mega.train.observers.build import make_observers
+from ghostvis_mega.train.previews import Previewer
+from ghostvis_mega.train.watchdog import Watchdog
+from ghostvis_mega.utils.environment import package_versions
+from ghostvis_mega.utils.files import atomic_write_json
+from ghostvis_mega.utils.hardware import cpu_name, device_peak
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    groups: Groups
+    device: torch.device
+    watchdog: Watchdog
+
+
+@contextlib.contextmanager
+def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
+    """Join the processes of this run, as `deepspeed`, `torchrun` or plain `python` started them."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    apply_cpu_shim()
+    # DeepSpeed takes its device and its place from the environment, which no launcher has set for plain `python`.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=run.train.timeout_s),
+        device_id=device if device.type == "cuda" else None,
+        # Started without a launcher there is nobody to meet.
+        **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+    )
+    watchdog = Watchdog(timeout_s=run.train.timeout_s, rank=rank)
+    groups = build_groups(Degrees.of(run, world_size=size), seed=run.train.seed)
+    try:
+        yield World(groups=groups, device=device, watchdog=watchdog)
+    finally:
+        watchdog.close()
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+def local_device(run: RunConfig) -> torch.device:
+    """The device of this process: its own GPU where there is CUDA, unless the run says otherwise."""
+    if run.train.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@dataclass
+class Training:
+    """Builds the parts of a run and runs it."""
+
+    run: RunConfig
+    world: World
+    started: float = field(default_factory=time.time)
+    """Unix time from which `seconds` in the summary counts."""
+
+    def execute(self) -> Summary:
+        """Train from the newest checkpoint or from scratch, evaluate if asked, report; returns the summary."""
+        run, groups = self.run, self.world.groups
+        engine = TrainEngine(run, groups, device=self.world.device)
+        train = Dataset.open(run.data.train)
+        heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
+        store = CheckpointStore(run.log.output / "checkpoints", keep=run.checkpoint.keep)
+        found = store.find(run.checkpoint.resume)
+        start = store.load(found, engine).step if found is not None else 0
+        observers = make_observers(run.log, rank=groups.rank)
+        feed = Feed(run, groups, train)
+        previewer = None
+        if heldout is not None and run.log.preview_steps and run.log.preview_samples:
+            previewer = Previewer(engine, heldout, run)
+        observers.on_start(self.describe(engine, start=start))
+        loop = Loop(
+            engine=engine,
+            feed=feed,
+            observers=observers,
+            watchdog=self.world.watchdog,
+            previewer=previewer,
+            save=lambda steps: store.save(engine, step=steps, extra={}),
+        )
+        loss = loop.run(start=start)
+        feed.close()
+        summary: Summary = {"loss": loss, "status": "finished"}
+        if run.log.evaluate and heldout is not None:
+            self.world.watchdog.alive("the evaluation")
+            summary["heldout_accuracy"] = heldout_accuracy(engine, heldout)
+            summary["question_only_accuracy"] = question_only_accuracy(train, heldout)
+            summary["num_questions"] = heldout.num_samples
+        summary["seconds"] = round(time.time() - self.started, 1)
+        observers.on_end(summary)
+        if groups.rank == 0:
+            atomic_write_json(run.log.output / "summary.json", dict(summary))
+        return summary
+
+    def describe(self, engine: TrainEngine, *, start: int) -> RunInfo:
+        """What observers are told before the first step."""
+        run, degrees, device = self.run, self.world.groups.degrees, self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        peak = device_peak(name) if device.type == "cuda" and run.train.precision == "bf16" else None
+        stages = {type(zero.grid).__name__: zero.stage for zero in engine.engines}
+        zero = ", ".join(f"ZeRO-{stage}" for stage in sorted(set(stages.values())))
+        parameters = count_parameters(engine)
+        return {
+            "total_steps": run.train.steps,
+            "start_step": start,
+            "name": run.log.output.name,
+            "model": run.model.preset or "custom model",
+            "parameters": parameters,
+            "trained_parameters": sum(parameters[module] for module in run.trained_modules),
+            "layout": f"{degrees.describe()}, {zero}",
+            "device": name,
+            "num_devices": degrees.world_size,
+            "peak_flops": peak.bf16 if peak is not None else None,
+            "precision": run.train.precision,
+            "settings": run.model_dump(mode="json"),
+            "versions": package_versions(),
+        }
+
+
+def count_parameters(engine: TrainEngine) -> dict[str, int]:
+    """Parameters of the whole model by module; collective.
+
+    A tied head counts once; a part that several ranks hold counts once.
+    """
+    groups = engine.groups
+    counts = dict.fromkeys(engine.run.model.modules, 0)
+    for name, parameter in owned_parameters(engine):
+        module = module_of(name)
+        if module != "llm":
+            counts[module] += parameter.numel() if not hasattr(parameter, "ds_numel") else parameter.ds_numel
+            continue
+        copy = getattr(parameter, "ds_pipe_replicated", False)
+        cut = getattr(parameter, "tensor_model_parallel", False)
+        if not copy and (cut or groups.place.tensor == 0):
+            counts["llm"] += getattr(parameter, "ds_numel", parameter.numel())
+    total = torch.tensor(counts["llm"], dtype=torch.int64, device=engine.device)
+    dist.all_reduce(total, group=groups.model)
+    return counts | {"llm": int(total)}

@@ -1,0 +1,101 @@
+"""The training loop: fetch, step, report, preview, save."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ghostvis_mega.data.batch import GlobalBatch
+from ghostvis_mega.engine.step import StepResult, TrainEngine
+from ghostvis_mega.model.flops import batch_flops
+from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.build import Observers
+from ghostvis_mega.train.previews import Previewer
+from ghostvis_mega.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """One run from `start` to its last step."""
+
+    engine: TrainEngine
+    feed: Feed
+    observers: Observers
+    watchdog: Watchdog
+    previewer: Previewer | None
+    save: Callable[[int], None]
+    """Called with the number of steps done."""
+
+    def run(self, *, start: int) -> float:
+        """Train the remaining steps; returns the last loss.
+
+        Args:
+            start: Steps already done.
+        """
+        settings = self.engine.run
+        loss = float("nan")
+        if start == 0:
+            self.preview(0)
+        for step in range(start, settings.train.steps):
+            self.watchdog.alive(f"step {step + 1}")
+            began = time.perf_counter()
+            batch, work = self.feed.get(step)
+            fetched = time.perf_counter()
+            result = self.engine.step(work, step=step)
+            ended = time.perf_counter()
+            timing = {"data": fetched - began} | self.engine.timer.read()
+            metrics = self.measure(step, batch, result, timing, images=work.dispatch.num_images, seconds=ended - began)
+            self.observers.on_step(metrics)
+            loss = result.loss
+            done = step + 1
+            self.preview(done)
+            every = settings.checkpoint.save_every
+            if done == settings.train.steps or (every and done % every == 0):
+                self.watchdog.alive(f"the save after step {done}")
+                self.save(done)
+        return loss
+
+    def preview(self, done: int) -> None:
+        """Show held-out answers where the settings ask for them after `done` steps."""
+        if self.previewer is not None and done in self.engine.run.log.preview_steps:
+            self.watchdog.alive(f"previews after step {done}")
+            self.observers.on_preview(done, self.previewer.look())
+
+    def measure(
+        self,
+        step: int,
+        batch: GlobalBatch,
+        result: StepResult,
+        timing: dict[str, float],
+        *,
+        images: int,
+        seconds: float,
+    ) -> StepMetrics:
+        """The numbers of one step of the whole job."""
+        run = self.engine.run
+        lengths = self.feed.sample_lengths
+        flops = batch_flops(
+            run.model,
+            segments=[int(lengths[i]) for row in batch.sequences for i in row.sample_ids],
+            head_rows=batch.trained_tokens,
+            num_images=images,
+            trained=run.trained_modules,
+        )
+        return StepMetrics(
+            step=step + 1,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            lr={module: result.lr_factor * getattr(run.optim.lr, module) for module in run.trained_modules},
+            tokens=batch.num_tokens,
+            trained_tokens=batch.trained_tokens,
+            images=images,
+            samples=batch.num_samples,
+            seconds=seconds,
+            timing=timing,
+            flops_llm=flops.llm.total,
+            flops_vision=flops.vision.total,
+        )
