@@ -6,6 +6,7 @@ Opening reads no content, so a million samples open in milliseconds.
 import json
 import mmap
 import os
+import threading
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +21,14 @@ from ghostvis_mega.data.layout import (
     IMAGE_RECORD,
     IMAGE_REF,
     KEY_HEADER,
+    SAMPLE_CRC_OFFSET,
     SAMPLE_RECORD,
     SPAN,
     Role,
     shard_name,
     token_dtype,
 )
-from ghostvis_mega.data.manifest import Manifest, find_problems, read_manifest
+from ghostvis_mega.data.manifest import RECORD_BYTES, Manifest, find_problems, read_manifest
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.utils.errors import DataError
 
@@ -81,9 +83,10 @@ class Dataset:
         self._spans = self._array(names.SPANS, SPAN)
         self._keys = self._array(names.KEYS, np.dtype("u1"))
         self._answers = self._array(names.ANSWERS, np.dtype("u1"))
-        arrays = (self._tokens, self._refs, self._spans)
+        arrays = (self._samples, self._tokens, self._refs, self._spans)
         self._bytes = tuple(memoryview(array.view("u1")) for array in arrays)
-        self._shards: dict[int, int] = {}
+        self._shards: dict[str, int] = {}
+        self._shards_lock = threading.Lock()
 
     @classmethod
     def open(cls, path: Path) -> "Dataset":
@@ -243,12 +246,14 @@ class Dataset:
 
     def _check_crc(self, indices: np.ndarray, records: np.ndarray) -> None:
         # Byte views: slicing a memoryview costs a third of slicing a structured array.
-        tokens, refs, spans = self._bytes
+        table, tokens, refs, spans = self._bytes
         width = self._tokens.dtype.itemsize
         fields = ("tok_off", "tok_len", "img_off", "n_images", "span_off", "n_spans", "crc32")
         columns = [records[field].tolist() for field in fields]
         for index, t, tn, r, rn, s, sn, expected in zip(indices.tolist(), *columns, strict=True):
-            crc = zlib.crc32(tokens[t * width : (t + tn) * width])
+            record = index * RECORD_BYTES
+            crc = zlib.crc32(table[record : record + SAMPLE_CRC_OFFSET])
+            crc = zlib.crc32(tokens[t * width : (t + tn) * width], crc)
             crc = zlib.crc32(refs[r * IMAGE_REF.itemsize : (r + rn) * IMAGE_REF.itemsize], crc)
             crc = zlib.crc32(spans[s * SPAN.itemsize : (s + sn) * SPAN.itemsize], crc)
             if crc != expected:
@@ -291,10 +296,19 @@ class Dataset:
     # --- index only
 
     def image_ids(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image ids of samples, joined in reading order, and how many each has (both int64)."""
+        """Image ids of samples, joined in reading order, and how many each has (both int64).
+
+        Raises:
+            DataError: a record points outside of images.ref.
+        """
         records = self._samples[indices]
         counts = records["n_images"].astype(np.int64)
         rows = ranges(records["img_off"].astype(np.int64), counts)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._refs):
+            raise DataError(
+                f"{self.path / names.SAMPLE_INDEX} refers to images that "
+                f"{names.IMAGE_REFS} does not hold, so it is damaged: {_ADVICE}"
+            )
         return self._refs["image_id"][rows].astype(np.int64), counts
 
     def lengths(self, *, tokens_per_image: int) -> np.ndarray:
@@ -314,25 +328,28 @@ class Dataset:
         if not 0 <= image_id < self.num_images:
             raise IndexError(f"image {image_id} of {self.num_images} in {self.path}")
         record = self._images[image_id]
-        shard = int(record["shard"])
-        data = os.pread(self._shard(shard), int(record["size"]), int(record["offset"]))
+        name = shard_name(int(record["shard"]))
+        offset, size = int(record["offset"]), int(record["size"])
+        listed = self.manifest.files.get(name)
+        if listed is None or offset + size > listed.bytes:
+            raise DataError(
+                f"image {image_id}: its record in {self.path / names.MEDIA_INDEX} points outside of "
+                f"the shards, so the file is damaged: {_ADVICE}"
+            )
+        data = os.pread(self._shard(name), size, offset)
         if zlib.crc32(data) != record["crc32"]:
             raise DataError(
-                f"image {image_id} in {self.path / shard_name(shard)} does not match its crc, "
+                f"image {image_id} in {self.path / name} does not match its crc, "
                 f"so the shard is damaged: {_ADVICE}"
             )
         return data
 
-    def _shard(self, shard: int) -> int:
-        if shard not in self._shards:
-            name = shard_name(shard)
-            if name not in self.manifest.files:
-                raise DataError(
-                    f"{self.path / names.MEDIA_INDEX} refers to {name}, "
-                    "which the manifest does not list"
-                )
-            self._shards[shard] = os.open(self.path / name, os.O_RDONLY)
-        return self._shards[shard]
+    def _shard(self, name: str) -> int:
+        """Descriptor of a shard, opened once; threads that read ahead may ask together."""
+        with self._shards_lock:
+            if name not in self._shards:
+                self._shards[name] = os.open(self.path / name, os.O_RDONLY)
+            return self._shards[name]
 
     def close(self) -> None:
         """Close the shards; the arrays stay valid as long as something refers to them."""

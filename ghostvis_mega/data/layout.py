@@ -39,10 +39,13 @@ SAMPLE_RECORD = np.dtype(
         ("flags", "<u4"),
         ("text_hash", "<u8"),  # blake2b-64 of tokens and image identities
         ("key_off", "<u8"),  # in bytes of keys.bin
-        ("crc32", "<u4"),  # of tokens, image refs and spans, in this order
         ("trained_len", "<u4"),  # tokens under the loss
+        ("crc32", "<u4"),  # of the record before this field, then tokens, image refs, spans
     ]
 )
+
+SAMPLE_CRC_OFFSET = RECORD_BYTES - 4
+"""Bytes of a sample record that its crc covers."""
 
 IMAGE_REF = np.dtype([("image_id", "<u4"), ("pos", "<u4"), ("policy", "<u4")])
 """`pos`: token position of the sentinel in the sample; `policy`: 0 is the dataset's default."""

@@ -98,10 +98,9 @@ def _group_by_image(dataset: Dataset) -> np.ndarray:
     """int64 [samples], equal where the first image is; without images, a number of its own."""
     records = dataset.sample_index
     groups = dataset.num_images + np.arange(len(records), dtype=np.int64)
-    has_image = records["n_images"] > 0
-    groups[has_image] = dataset.image_refs["image_id"][
-        records["img_off"][has_image].astype(np.int64)
-    ]
+    has_image = np.flatnonzero(records["n_images"])
+    image_ids, counts = dataset.image_ids(has_image)
+    groups[has_image] = image_ids[np.cumsum(counts) - counts]
     return np.unique(groups, return_inverse=True)[1].reshape(-1)
 
 

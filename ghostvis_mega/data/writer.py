@@ -22,6 +22,7 @@ from ghostvis_mega.data.layout import (
     IMAGE_RECORD,
     IMAGE_REF,
     KEY_HEADER,
+    SAMPLE_CRC_OFFSET,
     SAMPLE_RECORD,
     shard_name,
     token_dtype,
@@ -118,20 +119,21 @@ class DatasetWriter:
             names.IMAGE_REFS: refs.tobytes(),
             names.SPANS: encoded.spans.tobytes(),
         }
-        crc = 0
-        for data in parts.values():
-            crc = zlib.crc32(data, crc)
         trained = int(encoded.trained_mask[1:].sum())
         record = np.zeros((), dtype=SAMPLE_RECORD)
         record["tok_off"], record["tok_len"] = self._tokens, len(encoded.tokens)
         record["img_off"], record["n_images"] = self._refs, len(refs)
         record["span_off"], record["n_spans"] = self._spans, len(encoded.spans)
-        record["source"], record["crc32"], record["trained_len"] = source, crc, trained
+        record["source"], record["trained_len"] = source, trained
         text = hashlib.blake2b(
             parts[names.TOKENS] + parts[names.IMAGE_REFS], digest_size=8
         ).digest()
         record["text_hash"] = int.from_bytes(text, "little")
         record["key_off"] = self._files[names.KEYS].size_bytes
+        crc = zlib.crc32(record.tobytes()[:SAMPLE_CRC_OFFSET])
+        for data in parts.values():
+            crc = zlib.crc32(data, crc)
+        record["crc32"] = crc
         for name, data in parts.items():
             self._files[name].write(data)
         self._write_key(key, answers)

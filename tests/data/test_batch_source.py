@@ -210,6 +210,15 @@ def test_the_set_of_a_step_does_not_depend_on_data_parallel(
     assert _samples(other) != _samples(sources[1].global_batch(0))
 
 
+def test_every_epoch_has_its_own_order(dataset: Dataset) -> None:
+    source = _source(dataset, global_size=1)
+    packs = source.plan.num_packs
+    stream = [source.global_batch(step).sequences[0].sample_ids for step in range(4 * packs)]
+    epochs = [tuple(stream[start : start + packs]) for start in range(0, 4 * packs, packs)]
+    assert len(set(epochs)) == 4
+    assert {frozenset(epoch) for epoch in epochs} == {frozenset(epochs[0])}
+
+
 def test_any_step_can_be_asked_first(dataset: Dataset) -> None:
     source = _source(dataset)
     forward = [source.global_batch(step) for step in range(5)]

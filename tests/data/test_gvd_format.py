@@ -130,6 +130,55 @@ def test_damaged_samples_are_found_on_read(
     assert opened.sample(20).key == "row/20"
 
 
+def test_a_damaged_index_never_trains(build: Callable[..., Path], rows: list[Row]) -> None:
+    """Any flipped bit of samples.idx ends in a sentence, not in other batches."""
+    path = build(rows)
+    file = path / "samples" / "samples.idx"
+    original = file.read_bytes()
+
+    def read_all() -> int:
+        with Dataset.open(path) as opened:
+            plan = build_plan(opened, PARAMS)
+            for number in range(plan.num_packs):
+                opened.gather(plan.pack(number))
+            for index in plan.dropped.tolist():
+                opened.sample(index)
+            return len(plan.samples)
+
+    assert read_all() == len(rows)
+    for number in range(120):
+        data = bytearray(original)
+        data[(number * 37) % len(data)] ^= 1 << (number % 8)
+        file.write_bytes(data)
+        with pytest.raises(DataError):
+            read_all()
+
+
+@pytest.mark.parametrize("field", ["shard", "offset", "size", "crc32"])
+def test_a_damaged_image_index_is_found_on_read(
+    build: Callable[..., Path], rows: list[Row], field: str
+) -> None:
+    path = build(rows)
+    with Dataset.open(path) as opened:
+        dtype = opened.image_index.dtype
+        start, width = dtype.fields[field][1], dtype.fields[field][0].itemsize
+    original = (path / "media/images.idx").read_bytes()
+    for bit in range(8 * width):
+        data = bytearray(original)
+        data[start + bit // 8] ^= 1 << (bit % 8)
+        (path / "media/images.idx").write_bytes(data)
+        with Dataset.open(path) as opened, pytest.raises(DataError, match="image 0"):
+            opened.image_bytes(0)
+
+
+def test_the_manifest_is_checked_to_the_last_byte(
+    build: Callable[..., Path], rows: list[Row]
+) -> None:
+    file = build(rows) / MANIFEST_FILE
+    file.write_bytes(file.read_bytes().removesuffix(b"\n") + b" ")
+    assert "edited or damaged" in find_problems(file.parent, what="data.train")[0]
+
+
 def test_damaged_keys_and_media_are_found_on_read(
     build: Callable[..., Path], rows: list[Row]
 ) -> None:
