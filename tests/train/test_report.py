@@ -163,6 +163,23 @@ def test_a_page_without_steps_or_previews_is_still_a_page() -> None:
     assert "running: step 0 of 100" in text
 
 
+def test_the_loss_tile_is_the_mean_of_the_last_steps() -> None:
+    losses = [9.0] * 80 + [2.0] * 20
+    steps = [make_step(step=step, loss=loss) for step, loss in enumerate(losses, 1)]
+    steps[-1] = make_step(step=100, loss=math.nan)
+    text = render_page(ReportData(run=make_run(), steps=steps))
+    assert '<p class="label">Loss</p><p class="value">2</p>' in text
+    assert "from 9 at step 1" in text
+
+
+def test_accuracy_is_never_shown_without_a_measurement() -> None:
+    data = make_data()
+    data.summary = None
+    assert "measured at the end, if asked for" in render_page(data)
+    data.summary = {"status": "finished"}
+    assert "not measured in this run" in render_page(data)
+
+
 def test_loss_that_is_never_finite_leaves_a_note() -> None:
     steps = [make_step(step=step, loss=math.nan) for step in (1, 2)]
     text = render_page(ReportData(run=make_run(), steps=steps))

@@ -40,7 +40,7 @@ def _card(preview: Preview) -> str:
     return (
         f'<article class="card {verdict}"><div class="pictures">{pictures}</div>'
         f'<p class="question">{html.escape(preview.question)}</p>'
-        f'<p class="answer"><span class="mark">{mark}</span>{answer}</p>'
+        f'<p class="answer"><span class="mark">{mark}</span><span>{answer}</span></p>'
         f'<p class="truth"><span>truth</span> {html.escape(preview.truth)}</p></article>'
     )
 

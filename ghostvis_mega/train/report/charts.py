@@ -73,7 +73,7 @@ def draw_chart(chart: Chart) -> str:
         return (
             f'<figure class="chart"><figcaption>{title}</figcaption><p>no values yet</p></figure>'
         )
-    axes = _axes(finite, allow_log=chart.allow_log)
+    axes = _axes(chart, finite)
     paths = "".join(_path(series, points, axes) for series, points in curves)
     svg = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
@@ -88,14 +88,15 @@ def draw_chart(chart: Chart) -> str:
     )
 
 
-def _axes(finite: list[Bucket], *, allow_log: bool) -> Axes:
+def _axes(chart: Chart, finite: list[Bucket]) -> Axes:
     low = min(b.low for b in finite)
     high = max(b.high for b in finite)
-    log = allow_log and low > 0 and high / low > 50
+    log = chart.allow_log and low > 0 and high / low > 50
     ticks = log_ticks(low, high) if log else linear_ticks(min(0.0, low), high)
-    steps = [b.step for b in finite]
     # The axis begins where the run did: before its first step.
-    return Axes(first=min(steps) - 1, last=max(steps), y_ticks=tuple(ticks), log=log)
+    first = min(series.steps[0] for series in chart.series) - 1
+    last = max(series.steps[-1] for series in chart.series)
+    return Axes(first=first, last=last, y_ticks=tuple(ticks), log=log)
 
 
 def _grid(axes: Axes, tick: Callable[[float], str]) -> str:
@@ -115,7 +116,7 @@ def _grid(axes: Axes, tick: Callable[[float], str]) -> str:
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>'
         )
         parts.append(f'<text class="xtick" x="{x:.1f}" y="{floor + 17}">{step}</text>')
-    parts.append(f'<text class="xname" x="{LEFT - 8}" y="{floor + 17}">step</text>')
+    parts.append(f'<text class="xname" x="{LEFT - 18}" y="{floor + 17}">step</text>')
     return "".join(parts)
 
 

@@ -48,7 +48,7 @@ def _raw_and_smooth(
 ) -> tuple[Series, Series]:
     """The values as they are, faint, and smoothed over a twenty-fifth of the run."""
     numbers = [m.step for m in steps]
-    mean = centred_mean(values, half=min(200, len(values) // 50))
+    mean = centred_mean(values, half=max(1, min(200, len(values) // 50)))
     return (
         Series("each step", numbers, values, css, faint=True),
         Series("smoothed", numbers, mean, css),

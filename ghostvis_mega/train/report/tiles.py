@@ -3,14 +3,14 @@
 import html
 import math
 
-from ghostvis_mega.train.metrics import Smoother, StepMetrics
+from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import RunInfo, Summary, step_mfu
 from ghostvis_mega.utils.format import duration, percent, si
 
 
 def draw_tiles(run: RunInfo, steps: list[StepMetrics], summary: Summary | None) -> str:
     """Accuracy, loss, speed, time and what was seen; tiles without numbers yet are left out."""
-    tiles = [_accuracy(summary or {})]
+    tiles = [_accuracy(summary)]
     if steps:
         tiles += [_loss(steps), _speed(run, steps), _time(steps, summary or {}), _seen(steps)]
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -24,10 +24,12 @@ def _tile(label: str, value: str, below: str, *, css: str = "", extra: str = "")
     )
 
 
-def _accuracy(summary: Summary) -> str:
+def _accuracy(summary: Summary | None) -> str:
     label = "Held-out accuracy"
-    if "heldout_accuracy" not in summary:
+    if summary is None:
         return _tile(label, "-", "measured at the end, if asked for", css="main")
+    if "heldout_accuracy" not in summary:
+        return _tile(label, "-", "not measured in this run", css="main")
     accuracy = summary["heldout_accuracy"]
     ceiling = summary.get("question_only_accuracy")
     below, marker = "", ""
@@ -41,8 +43,10 @@ def _accuracy(summary: Summary) -> str:
 
 
 def _loss(steps: list[StepMetrics]) -> str:
-    smoother = Smoother(decay=0.9)
-    last = [smoother.update(m.loss) for m in steps][-1]
+    # Single steps are noisy and a long mean lags behind: the last tenth, at most 20 steps.
+    recent = [m.loss for m in steps[-max(1, min(20, len(steps) // 10)) :]]
+    finite = [loss for loss in recent if math.isfinite(loss)]
+    last = math.fsum(finite) / len(finite) if finite else math.nan
     return _tile(
         "Loss", _loss_text(last), f"from {_loss_text(steps[0].loss)} at step {steps[0].step}"
     )
