@@ -333,7 +333,7 @@ class Dataset:
         listed = self.manifest.files.get(name)
         if listed is None or offset + size > listed.bytes:
             raise DataError(
-                f"image {image_id}: its record in {self.path / names.MEDIA_INDEX} points outside of "
+                f"image {image_id}: its record in {self.path / names.MEDIA_INDEX} points out of "
                 f"the shards, so the file is damaged: {_ADVICE}"
             )
         data = os.pread(self._shard(name), size, offset)

@@ -64,7 +64,7 @@ SplitOption = Annotated[Split, typer.Option(help="Split of a packaged dataset (e
 InputArgument = Annotated[Path | None, typer.Argument(help="File of rows (llava).")]
 SeqLength = Annotated[int, typer.Option(min=1, help="Positions of one sequence.")]
 TokensPerImage = Annotated[int, typer.Option(min=1, help="Positions that one image takes.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the plan; data.seed of the run.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the plan; train.seed of the run.")]
 
 
 def _require(value: Path | None, *, what: str, fmt: Format) -> Path:
