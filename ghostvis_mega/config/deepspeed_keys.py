@@ -94,22 +94,28 @@ ZERO_RESOLVED = frozenset(
     }
 )
 
-ZERO_PASSED_ON = frozenset(
+ZERO_SIZES = frozenset(
     {
-        "reduce_scatter",
-        "allgather_partitions",
         "allgather_bucket_size",
-        "use_multi_rank_bucket_allreduce",
         "sub_group_size",
-        "load_from_fp32_weights",
-        "ignore_unused_parameters",
         "stage3_prefetch_bucket_size",
         "stage3_param_persistence_threshold",
         "stage3_model_persistence_threshold",
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",
-        "stage3_gather_16bit_weights_on_model_save",
         "stage3_module_granularity_threshold",
+    }
+)
+"""Numbers of `zero_optimization` that DeepSpeed gets as they are."""
+
+ZERO_SWITCHES = frozenset(
+    {
+        "reduce_scatter",
+        "allgather_partitions",
+        "use_multi_rank_bucket_allreduce",
+        "load_from_fp32_weights",
+        "ignore_unused_parameters",
+        "stage3_gather_16bit_weights_on_model_save",
         "stage3_use_all_reduce_for_fetch_params",
         "stage3_allgather_sequential",
         "memory_efficient_linear",
@@ -117,6 +123,7 @@ ZERO_PASSED_ON = frozenset(
         "enable_sanity_checks",
     }
 )
+"""Switches of `zero_optimization` that DeepSpeed gets as they are."""
 
 _OFFLOAD = "offload is not supported in this version"
 _QUANTISED = "quantised or hierarchical communication (ZeRO++) is not supported in this version"
@@ -148,7 +155,7 @@ ZERO_REFUSED = {
 }
 """Keys of `zero_optimization` that must be off, with the reason."""
 
-ZERO = ZERO_RESOLVED | ZERO_PASSED_ON | frozenset(ZERO_REFUSED)
+ZERO = ZERO_RESOLVED | ZERO_SIZES | ZERO_SWITCHES | frozenset(ZERO_REFUSED)
 
 BF16 = frozenset(
     {

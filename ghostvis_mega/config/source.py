@@ -3,6 +3,7 @@
 import copy
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import yaml
 from ghostvis_mega.config.presets import MODEL_PRESETS, TOWER_PRESETS
 
 Settings = dict[str, Any]
+
+MOST_VALUES = 100_000
+"""Far above any real file; a few lines of nested aliases can unfold to billions."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,9 +52,29 @@ def parse_yaml(text: str) -> tuple[Any, list[tuple[int, str]]]:
     """
     loader = _Loader(text)
     try:
-        return loader.get_single_data(), loader.repeated
+        return _plain(loader.get_single_data(), iter(range(MOST_VALUES))), loader.repeated
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
     finally:
         loader.dispose()
+
+
+def _plain(value: Any, budget: Iterator[int], above: tuple[int, ...] = ()) -> Any:
+    """A copy with every key as text (YAML reads `on:` as true, `1:` as 1) and without aliases.
+
+    Raises:
+        yaml.YAMLError: The aliases are circular, or unfold to more than the budget.
+    """
+    if id(value) in above:
+        raise yaml.YAMLError("an alias contains itself")
+    if next(budget, None) is None:
+        raise yaml.YAMLError(f"it unfolds to more than {MOST_VALUES} values")
+    if isinstance(value, dict):
+        inner = (*above, id(value))
+        return {str(key): _plain(item, budget, inner) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, budget, (*above, id(value))) for item in value]
+    return value
 
 
 def _describe(error: yaml.YAMLError) -> str:

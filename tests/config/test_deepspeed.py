@@ -194,10 +194,23 @@ WRONG = {
     "scheduler": (
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}},
         [],
-        "scheduler=",
+        "scheduler.params=",
         "optim.schedule",
     ),
     "sum for mean": ({"gradient_allreduce_op": "sum"}, [], "gradient_allreduce_op", "Remove it"),
+    "no object": ({"zero_optimization": True}, [], "zero_optimization=true", "Write {...}"),
+    "no switch": (
+        {"zero_optimization": {"stage": 1, "reduce_scatter": "yes"}},
+        [],
+        "zero_optimization.reduce_scatter",
+        "neither true nor false",
+    ),
+    "no size": (
+        {"zero_optimization": {"stage": 1, "allgather_bucket_size": "5e8"}},
+        [],
+        "zero_optimization.allgather_bucket_size",
+        'Set "auto"',
+    ),
     "unmanaged": (
         {"managed_gradient_accumulation": False},
         [],
@@ -235,6 +248,8 @@ def test_stage_3_is_refused_for_the_vision_engine_only(resolve):
         ('{"a": 1,}', "line 1"),
         ("// zero\n{}", "no comments"),
         ("[]", "one JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"gradient_clipping": NaN}', "NaN is not a number"),
         ('{"bf16": {}, "bf16": {}}', "bf16 appears twice"),
     ],
 )

@@ -126,9 +126,16 @@ def test_a_wrong_value_is_named_with_its_fix(good: Path, overrides, field, fix):
         ("\tmodel: 1\n", "line 1"),
         (GOOD + "train: {steps: 5}\n", "line 7: the key train appears twice"),
         ("model: {preset: vlm_tiny}\n", "section data is missing"),
+        ("model: &m {llm: *m}\n", "contains itself"),
+        (
+            "a: &a [" + "1," * 99 + "]\nb: &b [" + "*a," * 99 + "]\nc: [" + "*b," * 99 + "]",
+            "unfolds",
+        ),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("on: {1: 2}\n", "True is not a setting"),
         ("x: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
-    ids=["empty", "list", "syntax", "tab", "duplicate", "missing", "python-tag"],
+    ids=lambda v: str(v)[:20],
 )
 def test_a_broken_file_is_explained(tmp_path: Path, text: str, expected: str):
     path = tmp_path / "run.yaml"
