@@ -312,6 +312,17 @@ def test_observer_writes_when_due_and_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["index.html"]
 
 
+def test_writing_takes_a_small_part_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "index.html"
+    report = HtmlReport(path, every=1)
+    report.on_start(make_run())
+    report.on_step(make_step(step=1))
+    report.on_step(make_step(step=2))
+    assert "running: step 1 of" in path.read_text(), "the second write came at once"
+    report.on_end({"status": "stopped by SIGTERM"})
+    assert "stopped by SIGTERM: 2 of" in path.read_text()
+
+
 def test_a_resumed_run_shows_its_earlier_steps(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     earlier = JsonLines(metrics)

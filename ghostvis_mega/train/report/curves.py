@@ -1,6 +1,7 @@
 """Which curves the report shows."""
 
 import math
+from itertools import accumulate
 
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import ordered_modules
@@ -34,12 +35,15 @@ def centred_mean(values: list[float], *, half: int) -> list[float]:
 
     The window shrinks towards both ends alike, so that a falling curve is not dragged along.
     """
+    finite = [math.isfinite(value) for value in values]
+    sums = [0.0, *accumulate(v if ok else 0.0 for v, ok in zip(values, finite, strict=True))]
+    counts = [0, *accumulate(finite)]
     result = []
     for place in range(len(values)):
         reach = min(half, place, len(values) - 1 - place)
-        window = values[place - reach : place + reach + 1]
-        finite = [value for value in window if math.isfinite(value)]
-        result.append(math.fsum(finite) / len(finite) if finite else math.nan)
+        first, stop = place - reach, place + reach + 1
+        count = counts[stop] - counts[first]
+        result.append((sums[stop] - sums[first]) / count if count else math.nan)
     return result
 
 

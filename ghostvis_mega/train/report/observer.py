@@ -1,5 +1,6 @@
 """The observer that keeps what it is told and writes the report page."""
 
+import time
 from pathlib import Path
 
 from ghostvis_mega.train.metrics import StepMetrics
@@ -9,12 +10,16 @@ from ghostvis_mega.train.report.page import ReportData, render_page
 from ghostvis_mega.utils.files import atomic_write
 
 
+COST_LIMIT = 50
+"""The page is not rewritten before this many times the time that writing it took has passed."""
+
+
 class HtmlReport:
     """Writes one self-contained HTML file every `every` steps, at previews and at the end.
 
     Args:
         path: the page, such as `OUTPUT/report/index.html`.
-        every: steps between two writes.
+        every: steps between two writes; more when the run is so long that writing takes time.
         history: metrics file of the run; a resumed run's curves begin with what it holds.
     """
 
@@ -23,6 +28,7 @@ class HtmlReport:
         self._every = every
         self._history = history
         self._data = ReportData(run={"total_steps": 0})
+        self._not_before_s = 0.0
 
     def on_start(self, run: RunInfo) -> None:
         """Begin the page, with the earlier steps of a resumed run."""
@@ -35,7 +41,7 @@ class HtmlReport:
     def on_step(self, m: StepMetrics) -> None:
         """Keep the step; write the page when it is due."""
         self._data.steps.append(m)
-        if m.step % self._every == 0:
+        if m.step % self._every == 0 and time.perf_counter() >= self._not_before_s:
             self._write()
 
     def on_preview(self, step: int, previews: list[Preview]) -> None:
@@ -49,4 +55,7 @@ class HtmlReport:
         self._write()
 
     def _write(self) -> None:
+        began_s = time.perf_counter()
         atomic_write(self._path, render_page(self._data).encode("utf-8"))
+        ended_s = time.perf_counter()
+        self._not_before_s = ended_s + COST_LIMIT * (ended_s - began_s)

@@ -102,7 +102,8 @@ def _status(data: ReportData) -> tuple[str, str]:
     total = data.run["total_steps"]
     if data.summary is None:
         return f"running: step {done} of {total}", "running"
-    return f"{data.summary.get('status', 'finished')}: {done} of {total} steps", "ended"
+    outcome = data.summary.get("status", "finished")
+    return f"{outcome}: {done} of {total} steps", "ended" if outcome == "finished" else "stopped"
 
 
 def _tables(groups: Mapping[str, Any]) -> str:
