@@ -9,7 +9,6 @@ from ghostvis_mega.train.observers.jsonlines import read_metrics
 from ghostvis_mega.train.report.page import ReportData, render_page
 from ghostvis_mega.utils.files import atomic_write
 
-
 COST_LIMIT = 50
 """The page is not rewritten before this many times the time that writing it took has passed."""
 
