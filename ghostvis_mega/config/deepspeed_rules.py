@@ -15,11 +15,12 @@ NEVER = 10**9
 """For `steps_per_print`: the loop prints its own line."""
 
 
-def _is_off(value: Any) -> bool:
+def _is_off(key: str, value: Any) -> bool:
     if isinstance(value, dict):
         return not value or value.get("enabled") is False
-    # 1 is how ZeRO++'s partition size and the parallel sizes say "off".
-    return value is None or value is False or value in ("auto", 1) and value is not True
+    # A group of one process is how sizes say "off".
+    one = key.endswith("_size") and value == 1
+    return value is None or value is False or value == "auto" or one
 
 
 def _is_number(value: Any) -> bool:
@@ -73,7 +74,7 @@ class FileCheck:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"Did you mean {above}{near[0]}?" if near else "Remove it."
                 self.problems.append(f"{self.path}: {above}{key} is no DeepSpeed setting. {hint}")
-            elif key in refused and not _is_off(value):
+            elif key in refused and not _is_off(key, value):
                 self.refuse(above + key, value, f"is refused: {refused[key]}. Remove it.")
 
     def _must_equal(self, key: str, expected: Any, why: str, *, above: str = "") -> None:

@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def load_checked(
-    path: str | Path, overrides: Iterable[str] = (), *, world_size: int, device: Device | None = None
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    world_size: int,
+    device: Device | None = None,
 ) -> RunConfig:
     """Load a run's settings and check everything about it.
 

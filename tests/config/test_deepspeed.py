@@ -223,6 +223,12 @@ WRONG = {
         "activation_checkpointing",
         "train.recompute",
     ),
+    "on, as a number": (
+        {"wall_clock_breakdown": 1},
+        [],
+        "wall_clock_breakdown=1",
+        "would do nothing. Remove it",
+    ),
     "removed": ({"amp": {"enabled": True}}, [], "amp=", "DeepSpeed has removed it"),
 }
 
