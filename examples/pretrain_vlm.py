@@ -1,8 +1,8 @@
 """Train a vision-language model: one script for a laptop's CPU and for many GPUs.
 
-    deepspeed --num_accelerators 2 examples/pretrain_vlm.py --config examples/configs/vlm_tiny_easyvqa.yaml
-    torchrun --nproc-per-node 4 examples/pretrain_vlm.py --config RUN.yaml parallel.tensor=2 train.steps=100
-    python examples/pretrain_vlm.py --config RUN.yaml
+deepspeed --num_accelerators 2 examples/pretrain_vlm.py --config
+examples/configs/vlm_tiny_easyvqa.yaml torchrun --nproc-per-node 4 examples/pretrain_vlm.py --config
+RUN.yaml parallel.tensor=2 train.steps=100 python examples/pretrain_vlm.py --config RUN.yaml
 """
 
 import argparse

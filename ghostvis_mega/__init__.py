@@ -1,3 +1,3 @@
-"""GhostVis-Mega: vision-language training on Megatron-Core layers, DeepSpeed ZeRO and a data-parallel tower."""
+"""GhostVis-Mega: vision-language training with Megatron-Core, DeepSpeed and a spread tower."""
 
 __version__ = "0.1.0"

@@ -163,8 +163,9 @@ GRADIENTS_HELP = """Compare a layout's first-step gradients with those of one pl
 
 \b
 Examples (the first writes the truth on one device, the second compares a layout with it):
-  python -m ghostvis_mega gradients examples/configs/vlm_1_5b_easyvqa.yaml --write-truth truth.safetensors
-  torchrun --nproc-per-node 2 -m ghostvis_mega gradients examples/configs/vlm_1_5b_easyvqa.yaml \\
+  python -m ghostvis_mega gradients examples/configs/vlm_1_5b_easyvqa.yaml --write-truth
+  truth.safetensors torchrun --nproc-per-node 2 -m ghostvis_mega gradients
+  examples/configs/vlm_1_5b_easyvqa.yaml \\
     --truth truth.safetensors parallel.tensor=2
 
 \b

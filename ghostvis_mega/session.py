@@ -48,7 +48,8 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     """Join the processes of this run, as `deepspeed`, `torchrun` or plain `python` started them."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     apply_cpu_shim()
-    # DeepSpeed takes its device and its place from the environment, which no launcher has set for plain `python`.
+    # DeepSpeed takes its device and its place from the environment, which no launcher has set for
+    # plain `python`.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cuda":
@@ -71,7 +72,8 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
 
 
 def local_device(run: RunConfig) -> torch.device:
-    """The device of this process: its own GPU where there is CUDA, unless the run says otherwise."""
+    """The device of this process: its own GPU where there is CUDA, unless the run says
+    otherwise."""
     if run.train.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -87,7 +89,8 @@ class Training:
     """Unix time from which `seconds` in the summary counts."""
 
     def execute(self) -> Summary:
-        """Train from the newest checkpoint or from scratch, evaluate if asked, report; returns the summary."""
+        """Train from the newest checkpoint or from scratch, evaluate if asked, report; returns the
+        summary."""
         run, groups = self.run, self.world.groups
         engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
@@ -127,7 +130,9 @@ class Training:
         """What observers are told before the first step."""
         run, degrees, device = self.run, self.world.groups.degrees, self.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-        peak = device_peak(name) if device.type == "cuda" and run.train.precision == "bf16" else None
+        peak = (
+            device_peak(name) if device.type == "cuda" and run.train.precision == "bf16" else None
+        )
         stages = {type(zero.grid).__name__: zero.stage for zero in engine.engines}
         zero = ", ".join(f"ZeRO-{stage}" for stage in sorted(set(stages.values())))
         parameters = count_parameters(engine)
@@ -158,7 +163,9 @@ def count_parameters(engine: TrainEngine) -> dict[str, int]:
     for name, parameter in owned_parameters(engine):
         module = module_of(name)
         if module != "llm":
-            counts[module] += parameter.numel() if not hasattr(parameter, "ds_numel") else parameter.ds_numel
+            counts[module] += (
+                parameter.numel() if not hasattr(parameter, "ds_numel") else parameter.ds_numel
+            )
             continue
         copy = getattr(parameter, "ds_pipe_replicated", False)
         cut = getattr(parameter, "tensor_model_parallel", False)

@@ -39,7 +39,11 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
         for chunk in chunks:
             chunk.requires_grad_(False)
     if encoder is not None:
-        for module, part in (("vision", "tower"), ("resampler", "resampler"), ("projector", "projector")):
+        for module, part in (
+            ("vision", "tower"),
+            ("resampler", "resampler"),
+            ("projector", "projector"),
+        ):
             if module in run.train.freeze:
                 getattr(encoder, part).requires_grad_(False)
     mark_pipeline_copy(chunks, groups)
@@ -48,7 +52,9 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
         llm_engine = ZeroEngine(
             hold_llm(chunks),
             optim=run.optim,
-            settings=resolve_deepspeed(run.deepspeed.llm, run=run, engine="llm", world_size=len(groups.places)),
+            settings=resolve_deepspeed(
+                run.deepspeed.llm, run=run, engine="llm", world_size=len(groups.places)
+            ),
             grid=LLMGrid(groups),
             groups=groups,
             device=device,
@@ -58,7 +64,9 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
         vision_engine = ZeroEngine(
             hold_vision(encoder),
             optim=run.optim,
-            settings=resolve_deepspeed(settings, run=run, engine="vision", world_size=len(groups.places)),
+            settings=resolve_deepspeed(
+                settings, run=run, engine="vision", world_size=len(groups.places)
+            ),
             grid=WorldGrid(groups),
             groups=groups,
             device=device,
@@ -91,8 +99,13 @@ def build_chunks(
         pipeline=degrees.pipeline,
         virtual_pipeline=degrees.virtual_pipeline,
     )
-    config = transformer_config(llm, layout=layout, dtype=dtype, backend=backend, recompute=run.train.recompute)
-    log.info("LLM layers: %s", "Transformer Engine" if backend == "te" else "Megatron-Core with SDPA attention")
+    config = transformer_config(
+        llm, layout=layout, dtype=dtype, backend=backend, recompute=run.train.recompute
+    )
+    log.info(
+        "LLM layers: %s",
+        "Transformer Engine" if backend == "te" else "Megatron-Core with SDPA attention",
+    )
     chunks = []
     for number in range(degrees.virtual_pipeline):
         chunk = LLMChunk(
@@ -109,7 +122,9 @@ def build_chunks(
     return chunks
 
 
-def build_encoder(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> VisionEncoder | None:
+def build_encoder(
+    run: RunConfig, *, device: torch.device, dtype: torch.dtype
+) -> VisionEncoder | None:
     """The vision encoder, whole on every rank and initialised alike; None for a text-only model."""
     if run.model.vision is None:
         return None
@@ -121,7 +136,8 @@ def build_encoder(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -
 
 
 def mark_pipeline_copy(chunks: list[LLMChunk], groups: Groups) -> None:
-    """Mark the last stage's copy of tied embeddings, so that the gradient norm counts the parameter once."""
+    """Mark the last stage's copy of tied embeddings, so that the gradient norm counts the parameter
+    once."""
     for chunk in chunks:
         if groups.degrees.pipeline > 1 and chunk.llm.tied_embeddings and hasattr(chunk, "head"):
             chunk.head.weight.ds_pipe_replicated = True

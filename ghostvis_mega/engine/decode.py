@@ -1,7 +1,7 @@
 """Greedy answers from the model as it stands, in any parallel layout.
 
-Every token comes from a whole forward pass through the training schedule: no cache, and no second code path whose
-answers could differ from what is being trained.
+Every token comes from a whole forward pass through the training schedule: no cache, and no second
+code path whose answers could differ from what is being trained.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ class GreedyDecoder:
         engine: The model.
         image_token: Id that stands for a picture.
         stop_token: Ends an answer and is not part of it.
-        load_pixels: uint8 [n, 3, h, w] of the pictures with these ids; called for those this rank encodes.
+        load_pixels: uint8 [n, 3, h, w] of the pictures with these ids; called for those this rank
+            encodes.
         rows: Prompts of one replica that run side by side; rounded up to fill the pipeline.
     """
 
@@ -67,9 +68,13 @@ class GreedyDecoder:
         # Prompts of similar length share a round, so that little is padded.
         order = sorted(range(len(prompts)), key=lambda index: len(self._expand(prompts[index])[0]))
         for start in range(0, len(order), self.rows * replicas):
-            shares = [order[start + replica : start + self.rows * replicas : replicas] for replica in range(replicas)]
+            shares = [
+                order[start + replica : start + self.rows * replicas : replicas]
+                for replica in range(replicas)
+            ]
             answers = self._round(
-                [[prompts[index] for index in share] for share in shares], max_new_tokens=max_new_tokens
+                [[prompts[index] for index in share] for share in shares],
+                max_new_tokens=max_new_tokens,
             )
             gathered: list[list[list[int]] | None] = [None] * replicas
             dist.all_gather_object(gathered, answers, group=groups.data)
@@ -93,12 +98,16 @@ class GreedyDecoder:
     def _round(self, shares: list[list[Prompt]], *, max_new_tokens: int) -> list[list[int]]:
         """Answer one batch of prompts a replica; returns this replica's answers."""
         engine, groups = self.engine, self.engine.groups
-        dispatch = dispatch_images([[i for p in share for i in p.image_ids] for share in shares], groups.places)
+        dispatch = dispatch_images(
+            [[i for p in share for i in p.image_ids] for share in shares], groups.places
+        )
         exchange = EmbeddingExchange(dispatch, groups)
         own = dispatch.encode[groups.rank]
         embeddings: dict[int, torch.Tensor] = {}
         if engine.vision is not None:
-            embeddings = engine.image_embeddings(exchange, self.load_pixels(own), for_training=False)
+            embeddings = engine.image_embeddings(
+                exchange, self.load_pixels(own), for_training=False
+            )
         mine = shares[groups.place.data]
         if not mine:
             return []
@@ -111,7 +120,9 @@ class GreedyDecoder:
         texts = [list(tokens) for tokens, _ in rows]
         done = [index >= len(mine) for index in range(len(rows))]
         for _ in range(max_new_tokens):
-            chosen = self._next_tokens(texts, filled, [starts for _, starts in rows], length, embeddings)
+            chosen = self._next_tokens(
+                texts, filled, [starts for _, starts in rows], length, embeddings
+            )
             for index, token in enumerate(chosen):
                 if done[index]:
                     continue
@@ -121,7 +132,9 @@ class GreedyDecoder:
                     texts[index].append(token)
             if all(done):
                 break
-        return [text[len(tokens) :] for text, (tokens, _) in zip(texts[: len(mine)], rows, strict=False)]
+        return [
+            text[len(tokens) :] for text, (tokens, _) in zip(texts[: len(mine)], rows, strict=False)
+        ]
 
     def _next_tokens(
         self,
@@ -142,10 +155,14 @@ class GreedyDecoder:
             ]))  # fmt: skip
             last = torch.tensor([len(texts[i]) - 1 for i in chosen])
             ends.append((last * per_batch + torch.arange(per_batch)).to(self.engine.device))
-        scores = run_scoring_schedule(self.engine.parts.chunks, self.engine.work(batches), embeddings, ends)
+        scores = run_scoring_schedule(
+            self.engine.parts.chunks, self.engine.work(batches), embeddings, ends
+        )
         return self._agree(scores, count=len(texts))
 
-    def _micro_batch(self, texts: list[list[int]], length: int, slots: list[ImageSlot]) -> MicroBatch:
+    def _micro_batch(
+        self, texts: list[list[int]], length: int, slots: list[ImageSlot]
+    ) -> MicroBatch:
         tokens_BS = torch.full((len(texts), length), self.stop_token, dtype=torch.int64)
         for row, text in enumerate(texts):
             tokens_BS[row, : len(text)] = torch.tensor(text)

@@ -13,7 +13,8 @@ from ghostvis_mega.parallel.groups import Groups
 def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every trained parameter a gradient: zeros where this rank had nothing to learn from.
 
-    DeepSpeed skips parameters without one, rank by rank; buckets would then differ between ranks and hang.
+    DeepSpeed skips parameters without one, rank by rank; buckets would then differ between ranks
+    and hang.
     """
     for parameter in parameters:
         if parameter.requires_grad and parameter.grad is None:
@@ -23,7 +24,9 @@ def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def sum_sequence_parallel_gradients(parameters: Iterable[nn.Parameter], groups: Groups) -> None:
     """Add up the gradients of parameters that saw only a part of the sequence (the norms)."""
-    partial = [p.grad for p in parameters if p.requires_grad and getattr(p, "sequence_parallel", False)]
+    partial = [
+        p.grad for p in parameters if p.requires_grad and getattr(p, "sequence_parallel", False)
+    ]
     if not partial or groups.degrees.tensor == 1:
         return
     flat = _flatten_dense_tensors(partial)
@@ -33,7 +36,8 @@ def sum_sequence_parallel_gradients(parameters: Iterable[nn.Parameter], groups: 
 
 
 def sum_tied_gradients(tied: nn.Parameter | None, groups: Groups) -> None:
-    """Add up the gradients of the embedding on the first stage and of its copy, the head, on the last.
+    """Add up the gradients of the embedding on the first stage and of its copy, the head, on the
+    last.
 
     Args:
         tied: This rank's copy; None where weights are not tied across stages.
@@ -44,11 +48,13 @@ def sum_tied_gradients(tied: nn.Parameter | None, groups: Groups) -> None:
     dist.all_reduce(tied.grad, group=groups.embedding)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, bucket_elements: int) -> None:
+def average_gradients(
+    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, bucket_elements: int
+) -> None:
     """Average gradients over a group, in flat buckets of about `bucket_elements`.
 
-    For ZeRO stage 0: DeepSpeed's own reduction asks a module-level variable for the group, which holds that of the
-    engine created last.
+    For ZeRO stage 0: DeepSpeed's own reduction asks a module-level variable for the group, which
+    holds that of the engine created last.
     """
     bucket: list[torch.Tensor] = []
     for gradient in [*(p.grad for p in parameters), None]:

@@ -1,7 +1,9 @@
 """The modules that DeepSpeed owns, under names that mean the same on every rank.
 
-Megatron-Core's schedule runs the raw model chunks. DeepSpeed is given a holder of the same layers and is never
-called: it keys its state by parameter name, and Megatron-Core numbers layers from zero on each pipeline stage.
+Megatron-Core's schedule runs the raw model chunks. DeepSpeed is given a holder of the same layers
+and is never
+called: it keys its state by parameter name, and Megatron-Core numbers layers from zero on each
+    pipeline stage.
 """
 
 from torch import nn

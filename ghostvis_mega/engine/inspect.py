@@ -1,4 +1,5 @@
-"""Comparing what a layout holds with whole tensors of a reference, without gathering the model anywhere."""
+"""Comparing what a layout holds with whole tensors of a reference, without gathering the model
+anywhere."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,7 +15,8 @@ ROUNDING = 1e-6
 
 
 def owned_parameters(engine: TrainEngine) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's LLM parameters and the encoder's, under global names, in an order that replicas share."""
+    """This rank's LLM parameters and the encoder's, under global names, in an order that replicas
+    share."""
     for chunk in engine.parts.chunks:
         yield from chunk.global_parameters()
     if engine.parts.encoder is not None:
@@ -22,7 +24,8 @@ def owned_parameters(engine: TrainEngine) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def reduced_gradient(engine: TrainEngine) -> Callable[[nn.Parameter], torch.Tensor | None]:
-    """A function that returns a parameter's averaged gradient; collective, between reduction and update."""
+    """A function that returns a parameter's averaged gradient; collective, between reduction and
+    update."""
     owners = {id(p): zero for zero in engine.engines for p in zero.trained}
 
     def gradient(parameter: nn.Parameter) -> torch.Tensor | None:
@@ -42,12 +45,13 @@ def relative_errors(
     Args:
         engine: The layout.
         reference: Whole tensors by global name.
-        value: What to compare of a parameter; None leaves it out. Called on all ranks in the same order.
+        value: What to compare of a parameter; None leaves it out. Called on all ranks in the same
+            order.
 
     Returns:
-        Errors by name, equal on all ranks. A reference tensor that is zero but for rounding, below `ROUNDING` of
-        the joint norm (a key bias: attention does not depend on it), is compared in units of the joint norm;
-        where all are zero the distance itself counts.
+        Errors by name, equal on all ranks. A reference tensor that is zero but for rounding, below
+        `ROUNDING` of the joint norm (a key bias: attention does not depend on it), is compared in
+        units of the joint norm; where all are zero the distance itself counts.
     """
     names = sorted(reference)
     sums = torch.zeros(len(names), 3, dtype=torch.float64, device=engine.device)
@@ -60,21 +64,33 @@ def relative_errors(
             continue
         in_llm = id(parameter) in llm_parameters
         cut = in_llm and getattr(parameter, "tensor_model_parallel", False)
-        first_copy = groups.place.data == 0 and (cut or groups.place.tensor == 0) if in_llm else groups.rank == 0
+        first_copy = (
+            groups.place.data == 0 and (cut or groups.place.tensor == 0)
+            if in_llm
+            else groups.rank == 0
+        )
         if not first_copy or getattr(parameter, "ds_pipe_replicated", False):
             continue
         whole = reference[name]
         gated = engine.run.model.llm.activation == "swiglu"
         size, rank = (groups.degrees.tensor, groups.place.tensor) if cut else (1, 0)
-        true = shard(whole, name, size=size, rank=rank, gated=gated).to(engine.device, torch.float64)
+        true = shard(whole, name, size=size, rank=rank, gated=gated).to(
+            engine.device, torch.float64
+        )
         difference = mine.detach().to(torch.float64).view_as(true) - true
         sums[position[name]] = torch.stack(
-            [difference.square().sum(), true.square().sum(), torch.ones((), device=engine.device).double()]
+            [
+                difference.square().sum(),
+                true.square().sum(),
+                torch.ones((), device=engine.device).double(),
+            ]
         )
     dist.all_reduce(sums, group=groups.world)
     missing = [name for name, row in zip(names, sums.tolist(), strict=True) if row[2] == 0]
     if missing:
-        raise KeyError(f"no rank holds {missing[0]} ({len(missing)} names of the reference are unknown)")
+        raise KeyError(
+            f"no rank holds {missing[0]} ({len(missing)} names of the reference are unknown)"
+        )
     joint = sum(true for _, true, _ in sums.tolist()) or 1.0
     return {
         name: (distance / (true if true > ROUNDING**2 * joint else joint)) ** 0.5

@@ -1,4 +1,5 @@
-"""What DeepSpeed asks about the layout: one answer for the LLM, another for the replicated vision encoder."""
+"""What DeepSpeed asks about the layout: one answer for the LLM, another for the replicated vision
+encoder."""
 
 import torch.distributed as dist
 
@@ -6,7 +7,8 @@ from ghostvis_mega.parallel.groups import Groups
 
 
 class LLMGrid:
-    """The LLM's grid: gradients are averaged over data parallelism, norms and weights are cut over the model group."""
+    """The LLM's grid: gradients are averaged over data parallelism, norms and weights are cut over
+    the model group."""
 
     def __init__(self, groups: Groups):
         self.groups = groups

@@ -13,8 +13,13 @@ _NO_DECAY = ("position_embedding", "class_embedding", "latents")
 
 
 def module_of(name: str) -> str:
-    """The module group (llm, vision, resampler, projector) that a global parameter name belongs to."""
-    for prefix, module in (("tower.", "vision"), ("resampler.", "resampler"), ("projector.", "projector")):
+    """The module group (llm, vision, resampler, projector) that a global parameter name belongs
+    to."""
+    for prefix, module in (
+        ("tower.", "vision"),
+        ("resampler.", "resampler"),
+        ("projector.", "projector"),
+    ):
         if name.startswith(prefix):
             return module
     return "llm"
@@ -27,7 +32,8 @@ def parameter_groups(
 
     Args:
         named: (global name, parameter).
-        optim: Learning rates and weight decay; matrices decay, except embeddings of positions and latents.
+        optim: Learning rates and weight decay; matrices decay, except embeddings of positions and
+            latents.
     """
     chosen: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -46,7 +52,9 @@ def parameter_groups(
     ]
 
 
-def build_adamw(groups: list[dict[str, Any]], optim: OptimConfig, *, device: torch.device) -> torch.optim.AdamW:
+def build_adamw(
+    groups: list[dict[str, Any]], optim: OptimConfig, *, device: torch.device
+) -> torch.optim.AdamW:
     """AdamW with PyTorch's fused kernel on CUDA and its ordinary one elsewhere."""
     return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
 
@@ -62,5 +70,7 @@ def lr_factor(step: int, *, optim: OptimConfig, total_steps: int) -> float:
         return 1.0
     span = max(1, total_steps - 1 - optim.warmup_steps)
     progress = min(1.0, (step - optim.warmup_steps) / span)
-    left = 1.0 - progress if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = (
+        1.0 - progress if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
     return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * left

@@ -27,19 +27,23 @@ def run_training_schedule(
     *,
     loss_scale: float,
 ) -> torch.Tensor:
-    """Forward and backward of all micro-batches: no pipeline, 1F1B or interleaved, as the layout says.
+    """Forward and backward of all micro-batches: no pipeline, 1F1B or interleaved, as the layout
+    says.
 
     Args:
         chunks: This stage's.
         work: Micro-batches, the same number on every stage; rows and lengths equal.
         leaves: Image embeddings [T, H] by id on the first stage; their `.grad` adds up.
-        loss_scale: Factor on each micro-batch's loss sum, beside the schedule's own 1 / number of micro-batches.
+        loss_scale: Factor on each micro-batch's loss sum, beside the schedule's own 1 / number of
+            micro-batches.
 
     Returns:
         Sum of the unscaled losses over this replica's micro-batches; 0 before the last stage.
     """
 
-    def loss(inputs: ModelInput, chunk: LLMChunk, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(
+        inputs: ModelInput, chunk: LLMChunk, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total = chunk.loss_sum(hidden, inputs)
         # The schedule divides its loss in place, so what is reported must be a copy.
         return total * loss_scale, total.detach().clone()
@@ -73,7 +77,9 @@ def run_scoring_schedule(
     """
     waiting = {id(item): index for item, index in zip(work, rows, strict=True)}
 
-    def score(item: Work, chunk: LLMChunk, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(
+        item: Work, chunk: LLMChunk, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden.new_zeros(()), chunk.logits(hidden, waiting[id(item)])
 
     def forward_step(items: Iterator[Work], chunk: LLMChunk):
@@ -86,13 +92,16 @@ def run_scoring_schedule(
 
 
 def gather_vision(item: Work, embeddings: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    """Embeddings of a micro-batch's pictures, slot after slot: [slots * T, H]; None without pictures."""
+    """Embeddings of a micro-batch's pictures, slot after slot: [slots * T, H]; None without
+    pictures."""
     if not item.image_ids:
         return None
     return torch.cat([embeddings[image] for image in item.image_ids])
 
 
-def _run(chunks: list[LLMChunk], work: Sequence[Work], forward_step, *, forward_only: bool) -> list[torch.Tensor]:
+def _run(
+    chunks: list[LLMChunk], work: Sequence[Work], forward_step, *, forward_only: bool
+) -> list[torch.Tensor]:
     num_rows, length = work[0].inputs.tokens_BS.shape
     # The interleaved schedule runs each chunk over all micro-batches: one iterator each.
     iterators = [iter(work) for _ in chunks]

@@ -1,7 +1,8 @@
 """One optimizer step over all ranks; `docs/architecture.md` draws it.
 
-The order of collectives is the same on every rank and in every step, whatever the batch holds: a rank without
-pictures, a stage without anything to train and a text-only batch take part like all others.
+The order of collectives is the same on every rank and in every step, whatever the batch holds: a
+rank without pictures, a stage without anything to train and a text-only batch take part like all
+others.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,11 @@ import torch.distributed as dist
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine.build import Parts, build_parts
-from ghostvis_mega.engine.finish import fill_missing_gradients, sum_sequence_parallel_gradients, sum_tied_gradients
+from ghostvis_mega.engine.finish import (
+    fill_missing_gradients,
+    sum_sequence_parallel_gradients,
+    sum_tied_gradients,
+)
 from ghostvis_mega.engine.optimizer import lr_factor
 from ghostvis_mega.engine.pipeline import Work, run_training_schedule
 from ghostvis_mega.engine.vision import VisionRunner
@@ -66,7 +71,9 @@ class TrainEngine:
         self.timer = SectionTimer(device)
         self.vision: VisionRunner | None = None
         if self.parts.encoder is not None:
-            self.vision = VisionRunner(self.parts.encoder, run.tower, width=run.model.llm.hidden_size)
+            self.vision = VisionRunner(
+                self.parts.encoder, run.tower, width=run.model.llm.hidden_size
+            )
 
     @property
     def engines(self) -> list:
@@ -111,7 +118,8 @@ class TrainEngine:
     def image_embeddings(
         self, exchange: EmbeddingExchange, pixels_N3hw: torch.Tensor, *, for_training: bool
     ) -> dict[int, torch.Tensor]:
-        """Encode this rank's pictures and fetch those its replica reads: [T, H] leaves by image id."""
+        """Encode this rank's pictures and fetch those its replica reads: [T, H] leaves by image
+        id."""
         if self.vision is None:
             return {}
         with self.timer.section("vision"):
@@ -139,15 +147,17 @@ class TrainEngine:
         ]
 
     def loss_scale(self, batch: StepInput) -> float:
-        """Factor that makes the averages of schedule and DeepSpeed a mean over the global batch's trained tokens.
+        """Factor that makes the averages of schedule and DeepSpeed a mean over the global batch's
+        trained tokens.
 
-        The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size, whatever the
-        micro-batches hold; the objective must not depend on either.
+        The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size,
+        whatever the micro-batches hold; the objective must not depend on either.
         """
         return len(batch.micro_batches) * self.groups.degrees.data / batch.trained_tokens
 
     def finish_llm_gradients(self) -> None:
-        """Complete the LLM's local gradients: zeros for unused ones, sums over sequence and tied copies."""
+        """Complete the LLM's local gradients: zeros for unused ones, sums over sequence and tied
+        copies."""
         parameters = self.parts.llm_engine.trained
         fill_missing_gradients(parameters)
         sum_sequence_parallel_gradients(parameters, self.groups)
@@ -159,7 +169,8 @@ class TrainEngine:
         sum_tied_gradients(tied, self.groups)
 
     def vision_backward(self, exchange: EmbeddingExchange, leaves: dict[int, torch.Tensor]) -> None:
-        """Send the embeddings' gradients to the pictures' owners and run the encoder backward there."""
+        """Send the embeddings' gradients to the pictures' owners and run the encoder backward
+        there."""
         shape = (len(leaves), self.run.model.tokens_per_image, self.run.model.llm.hidden_size)
         wanted_NTH = torch.zeros(shape, device=self.device)
         for index, leaf in enumerate(leaves.values()):
@@ -171,7 +182,8 @@ class TrainEngine:
             self.vision.backward(own_NTH * self.vision_gradient_scale())
 
     def vision_gradient_scale(self) -> float:
-        """DeepSpeed averages the encoder over the world, the loss was scaled for an average over the replicas."""
+        """DeepSpeed averages the encoder over the world, the loss was scaled for an average over
+        the replicas."""
         return len(self.groups.places) / self.groups.degrees.data
 
     def update(self, loss_sum: torch.Tensor, batch: StepInput, *, step: int) -> StepResult:
@@ -181,7 +193,9 @@ class TrainEngine:
         """
         with self.timer.section("optimizer"):
             counts = self.groups.is_last_stage and self.groups.place.tensor == 0
-            parts = [loss_sum.float() if counts else torch.zeros_like(loss_sum, dtype=torch.float32)]
+            parts = [
+                loss_sum.float() if counts else torch.zeros_like(loss_sum, dtype=torch.float32)
+            ]
             parts += [engine.square_sum() for engine in self.engines]
             totals = torch.stack(parts)
             dist.all_reduce(totals, group=self.groups.world)

@@ -11,7 +11,8 @@ class VisionRunner:
 
     Args:
         encoder: Tower, resampler and projector.
-        settings: `recompute` keeps nothing in between and runs the forward twice; `keep` holds the graph.
+        settings: `recompute` keeps nothing in between and runs the forward twice; `keep` holds the
+            graph.
         width: LLM hidden size.
     """
 
@@ -28,7 +29,9 @@ class VisionRunner:
             pixels_N3hw: uint8, on the encoder's device; N may be 0.
             for_training: Whether `backward` will follow.
         """
-        self._pixels = list(pixels_N3hw.split(self.settings.images_per_forward)) if len(pixels_N3hw) else []
+        self._pixels = (
+            list(pixels_N3hw.split(self.settings.images_per_forward)) if len(pixels_N3hw) else []
+        )
         keep = for_training and self.trains and self.settings.backward == "keep"
         with torch.set_grad_enabled(keep):
             outputs = [self.encoder(part) for part in self._pixels]
@@ -36,7 +39,9 @@ class VisionRunner:
         if not for_training:
             self._pixels = []
         if not outputs:
-            return pixels_N3hw.new_zeros((0, self.encoder.tokens_per_image, self.width), dtype=torch.float32)
+            return pixels_N3hw.new_zeros(
+                (0, self.encoder.tokens_per_image, self.width), dtype=torch.float32
+            )
         return torch.cat([out.detach() for out in outputs]).float()
 
     def backward(self, gradients_NTH: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
-"""Accuracy on held-out questions, each asked in a conversation of its own and answered by generation."""
+"""Accuracy on held-out questions, each asked in a conversation of its own and answered by
+generation."""
 
 import logging
 from collections import Counter, defaultdict
@@ -25,10 +26,13 @@ def heldout_accuracy(
         engine: The model.
         dataset: Held-out samples.
         rows: Conversations that one replica answers side by side.
-        max_new_tokens: Longest answer; one that is cut off counts as wrong unless it is right so far.
+        max_new_tokens: Longest answer; one that is cut off counts as wrong unless it is right so
+            far.
     """
     decoder = build_decoder(engine, dataset, rows=rows)
-    answered = answer_samples(decoder, dataset, range(dataset.num_samples), max_new_tokens=max_new_tokens)
+    answered = answer_samples(
+        decoder, dataset, range(dataset.num_samples), max_new_tokens=max_new_tokens
+    )
     right = sum(normalized(answer) == normalized(truth) for _, answer, truth in answered)
     return right / len(answered)
 
@@ -36,7 +40,8 @@ def heldout_accuracy(
 def question_only_accuracy(train: Dataset, heldout: Dataset) -> float:
     """What the best guess without looking at the picture reaches.
 
-    For each question text the most frequent answer in `train`; unknown questions get its most frequent answer.
+    For each question text the most frequent answer in `train`; unknown questions get its most
+    frequent answer.
     """
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for question, truth in _questions(train, range(train.num_samples)):

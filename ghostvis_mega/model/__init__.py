@@ -1,1 +1,2 @@
-"""The model's mathematics on one device or one tensor-parallel rank; never talks to torch.distributed itself."""
+"""The model's mathematics on one device or one tensor-parallel rank; never talks to
+torch.distributed itself."""

@@ -1,7 +1,7 @@
 """Core attention for machines without Transformer Engine: PyTorch's SDPA, packed and unpacked.
 
-Shape legend: S sequence, B batch, T packed tokens, N segments, L padded segment length, A query heads, G key/value
-heads, D head dim.
+Shape legend: S sequence, B batch, T packed tokens, N segments, L padded segment length, A query
+heads, G key/value heads, D head dim.
 """
 
 from dataclasses import dataclass, field
@@ -26,19 +26,23 @@ class SegmentBucket:
 
 @dataclass
 class SegmentedParams(PackedSeqParams):
-    """Megatron-Core's packed-sequence parameters, with the index tables that SDPA needs (made once a micro-batch)."""
+    """Megatron-Core's packed-sequence parameters, with the index tables that SDPA needs (made once
+    a micro-batch)."""
 
     buckets: list[SegmentBucket] = field(default_factory=list)
     inverse_T: torch.Tensor | None = None
     """int64: place of each token in the concatenation of all buckets' real rows."""
 
 
-def segmented_params(cu_seqlens: torch.Tensor, *, max_seqlen: int, for_sdpa: bool) -> SegmentedParams:
+def segmented_params(
+    cu_seqlens: torch.Tensor, *, max_seqlen: int, for_sdpa: bool
+) -> SegmentedParams:
     """Describe one packed sequence to every attention layer.
 
     Args:
         cu_seqlens: int32 [n+1], from 0 to the sequence length.
-        max_seqlen: Longest segment, never the packed total (Megatron-Core's RoPE would take it for one segment).
+        max_seqlen: Longest segment, never the packed total (Megatron-Core's RoPE would take it for
+            one segment).
         for_sdpa: Also make the index tables of `SDPACoreAttention`.
     """
     params = SegmentedParams(
@@ -53,7 +57,8 @@ def segmented_params(cu_seqlens: torch.Tensor, *, max_seqlen: int, for_sdpa: boo
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths = ends - starts
     order = []
-    # One padded batch for each power of two: at most half of a row is padding, whatever the mix of lengths.
+    # One padded batch for each power of two: at most half of a row is padding, whatever the mix of
+    # lengths.
     size_class = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
     for power in size_class.unique().tolist():
         chosen = (size_class == power).nonzero().flatten()
@@ -62,7 +67,9 @@ def segmented_params(cu_seqlens: torch.Tensor, *, max_seqlen: int, for_sdpa: boo
             continue
         column_L = torch.arange(width, device=cu_seqlens.device)
         real_NL = column_L[None] < lengths[chosen, None]
-        place_NL = starts[chosen, None] + torch.minimum(column_L[None], (lengths[chosen, None] - 1).clamp(min=0))
+        place_NL = starts[chosen, None] + torch.minimum(
+            column_L[None], (lengths[chosen, None] - 1).clamp(min=0)
+        )
         rows = real_NL.flatten().nonzero().flatten()
         params.buckets.append(SegmentBucket(gather_NL=place_NL, rows=rows))
         order.append(place_NL.flatten()[rows])
@@ -73,8 +80,9 @@ def segmented_params(cu_seqlens: torch.Tensor, *, max_seqlen: int, for_sdpa: boo
 class SDPACoreAttention(MegatronModule):
     """Causal grouped-query attention by `torch.nn.functional.scaled_dot_product_attention`.
 
-    Takes the place of Transformer Engine's attention in a Megatron-Core layer spec. In the packed format each
-    segment attends to itself alone: padded places lie behind a segment's last token, where causality hides them.
+    Takes the place of Transformer Engine's attention in a Megatron-Core layer spec. In the packed
+    format each segment attends to itself alone: padded places lie behind a segment's last token,
+    where causality hides them.
     """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any):
@@ -101,7 +109,9 @@ class SDPACoreAttention(MegatronModule):
             attention_bias: Must be None.
             packed_seq_params: Segments of a packed sequence.
         """
-        assert attention_mask is None and attention_bias is None, "causal attention without extra masks only"
+        assert attention_mask is None and attention_bias is None, (
+            "causal attention without extra masks only"
+        )
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out_BASD = self._attend(q, k, v)
@@ -115,4 +125,6 @@ class SDPACoreAttention(MegatronModule):
         return out_TAD.flatten(1)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+        )

@@ -1,7 +1,8 @@
 """Initial weights that depend on (seed, parameter name) alone.
 
-Every layout of the same model starts from the same numbers: each parameter is drawn whole from a generator seeded
-with its global name, then cut. Random streams differ between CPU and GPU, so a run starts alike on one kind only.
+Every layout of the same model starts from the same numbers: each parameter is drawn whole from a
+generator seeded with its global name, then cut. Random streams differ between CPU and GPU, so a run
+starts alike on one kind only.
 """
 
 import hashlib
@@ -18,9 +19,13 @@ def name_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _draw(shape: torch.Size, *, name: str, seed: int, std: float, device: torch.device) -> torch.Tensor:
+def _draw(
+    shape: torch.Size, *, name: str, seed: int, std: float, device: torch.device
+) -> torch.Tensor:
     generator = torch.Generator(device=device).manual_seed(name_seed(seed, name))
-    return torch.empty(shape, device=device, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    return torch.empty(shape, device=device, dtype=torch.float32).normal_(
+        0.0, std, generator=generator
+    )
 
 
 def is_norm(name: str) -> bool:
@@ -53,7 +58,9 @@ def initialize(
             parameter.fill_(1.0)
         else:
             shape = torch.Size(
-                unsharded_shape(parameter, name, tensor_size) if tensor_size > 1 else parameter.shape
+                unsharded_shape(parameter, name, tensor_size)
+                if tensor_size > 1
+                else parameter.shape
             )
             full = _draw(shape, name=name, seed=seed, std=std, device=parameter.device)
             parameter.copy_(shard(full, name, size=tensor_size, rank=tensor_rank, gated=gated))

@@ -36,18 +36,23 @@ def model_input(
         batch: From the data package, on the CPU.
         tokens_per_image: Positions that each image slot takes.
         device: The model's.
-        for_sdpa: Whether attention is `SDPACoreAttention` (needs its tables), not Transformer Engine's.
+        for_sdpa: Whether attention is `SDPACoreAttention` (needs its tables), not Transformer
+            Engine's.
     """
     num_rows, length = batch.tokens_BS.shape
     # Megatron's activations are [S, B, H], so flat positions count s * B + b.
     weights = batch.weights_BS.t().reshape(-1)
     trained_rows = weights.nonzero().flatten()
     labels = batch.labels_BS.t().reshape(-1)[trained_rows]
-    starts = torch.tensor([slot.start * num_rows + slot.row for slot in batch.images], dtype=torch.int64)
+    starts = torch.tensor(
+        [slot.start * num_rows + slot.row for slot in batch.images], dtype=torch.int64
+    )
     steps = torch.arange(tokens_per_image) * num_rows
     packed = None
     if batch.cu_seqlens is not None:
-        packed = segmented_params(batch.cu_seqlens.to(device), max_seqlen=batch.max_seqlen, for_sdpa=for_sdpa)
+        packed = segmented_params(
+            batch.cu_seqlens.to(device), max_seqlen=batch.max_seqlen, for_sdpa=for_sdpa
+        )
 
     def move(x: torch.Tensor) -> torch.Tensor:
         return x.to(device, non_blocking=True)

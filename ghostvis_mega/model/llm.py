@@ -1,6 +1,7 @@
 """The LLM, or the chunk of it that one pipeline stage holds, over Megatron-Core's TransformerBlock.
 
-Shape legend: S sequence, B batch, H hidden, R rows of the loss, V vocabulary (this rank's part when cut).
+Shape legend: S sequence, B batch, H hidden, R rows of the loss, V vocabulary (this rank's part when
+cut).
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from ghostvis_mega.model.shards import canonical_name
 
 
 class Vocabulary(VocabParallelEmbedding):
-    """The embedding matrix, which is also the head's where weights are tied; each rank holds some rows.
+    """The embedding matrix, which is also the head's where weights are tied; each rank holds some
+    rows.
 
     Both uses go through `forward`, so that ZeRO-3's hooks gather the weight for either.
     """
@@ -78,7 +80,9 @@ class LLMChunk(MegatronModule):
         if last and not (first and llm.tied_embeddings):
             self.head = self._vocabulary(groups)
         half = torch.arange(0, llm.head_dim, 2, dtype=torch.float32)
-        self.register_buffer("inverse_frequencies", 1.0 / llm.rope_base ** (half / llm.head_dim), persistent=False)
+        self.register_buffer(
+            "inverse_frequencies", 1.0 / llm.rope_base ** (half / llm.head_dim), persistent=False
+        )
 
     def _vocabulary(self, groups: ProcessGroupCollection) -> Vocabulary:
         return Vocabulary(
@@ -91,7 +95,8 @@ class LLMChunk(MegatronModule):
         )
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under their global names; a tied head of a later stage is another copy of the embedding."""
+        """Parameters under their global names; a tied head of a later stage is another copy of the
+        embedding."""
         for name, parameter in self.named_parameters():
             name = canonical_name(name)
             if name.startswith("decoder.layers."):
@@ -121,11 +126,12 @@ class LLMChunk(MegatronModule):
 
         Args:
             inputs: The micro-batch.
-            vision_nH: [len(inputs.image_rows), H] image embeddings in slot order; None on later stages.
+            vision_nH: [len(inputs.image_rows), H] image embeddings in slot order; None on later
+                stages.
 
         Returns:
-            Hidden states [S, B, H] (S cut between tensor ranks with sequence parallelism), from the last chunk
-            normalised and ready for `loss_sum` or `logits`.
+            Hidden states [S, B, H] (S cut between tensor ranks with sequence parallelism), from the
+            last chunk normalised and ready for `loss_sum` or `logits`.
         """
         hidden_SBH = self._embed(inputs, vision_nH) if self.pre_process else None
         return self.decoder(
@@ -139,14 +145,16 @@ class LLMChunk(MegatronModule):
         text_SBH = self.embedding(inputs.tokens_BS).transpose(0, 1).contiguous()
         hidden_SBH = splice(text_SBH, inputs.image_rows, vision_nH)
         if self.config.sequence_parallel:
-            hidden_SBH = mappings.scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp_group)
+            hidden_SBH = mappings.scatter_to_sequence_parallel_region(
+                hidden_SBH, group=self.tp_group
+            )
         return hidden_SBH
 
     def _rotary(self, inputs: ModelInput) -> torch.Tensor:
         """Rotation angles: [S, 1, 1, D], one row a position of the sequence.
 
-        Transformer Engine's packed kernel restarts positions at each segment by itself and wants the plain table;
-        the CPU layers take each token's own position.
+        Transformer Engine's packed kernel restarts positions at each segment by itself and wants
+        the plain table; the CPU layers take each token's own position.
         """
         length = inputs.tokens_BS.shape[1]
         if inputs.packed is not None and self.backend == "cpu":
@@ -164,12 +172,17 @@ class LLMChunk(MegatronModule):
     def logits(self, hidden_SBH: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Scores of this rank's part of the vocabulary at flat S*B positions: [R, V]."""
         if self.config.sequence_parallel:
-            # The backward of this gather sums over the tensor ranks, each of which has part of the vocabulary.
-            hidden_SBH = mappings.gather_from_sequence_parallel_region(hidden_SBH, group=self.tp_group)
+            # The backward of this gather sums over the tensor ranks, each of which has part of the
+            # vocabulary.
+            hidden_SBH = mappings.gather_from_sequence_parallel_region(
+                hidden_SBH, group=self.tp_group
+            )
             picked_RH = hidden_SBH.flatten(0, 1)[rows]
         else:
             picked_RH = hidden_SBH.flatten(0, 1)[rows]
-            picked_RH = mappings.copy_to_tensor_model_parallel_region(picked_RH, group=self.tp_group)
+            picked_RH = mappings.copy_to_tensor_model_parallel_region(
+                picked_RH, group=self.tp_group
+            )
         return self.output(picked_RH, as_head=True)
 
     def loss_sum(self, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
@@ -182,7 +195,9 @@ class LLMChunk(MegatronModule):
         return (loss_R * inputs.weights_R).sum()
 
 
-def splice(text_SBH: torch.Tensor, image_rows: torch.Tensor, vision_nH: torch.Tensor | None) -> torch.Tensor:
+def splice(
+    text_SBH: torch.Tensor, image_rows: torch.Tensor, vision_nH: torch.Tensor | None
+) -> torch.Tensor:
     """Put image embeddings in the places that image tokens keep for them.
 
     Args:
@@ -195,7 +210,9 @@ def splice(text_SBH: torch.Tensor, image_rows: torch.Tensor, vision_nH: torch.Te
     """
     given = 0 if vision_nH is None else vision_nH.shape[0]
     if given != image_rows.shape[0]:
-        raise ValueError(f"the text has {image_rows.shape[0]} image positions but {given} image embeddings came")
+        raise ValueError(
+            f"the text has {image_rows.shape[0]} image positions but {given} image embeddings came"
+        )
     if vision_nH is None or given == 0:
         return text_SBH
     flat = text_SBH.flatten(0, 1).index_copy(0, image_rows, vision_nH.to(text_SBH.dtype))

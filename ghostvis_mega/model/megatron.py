@@ -1,4 +1,5 @@
-"""Megatron-Core's configuration and layer specs for our LLM: one for CPUs, one of Transformer Engine layers."""
+"""Megatron-Core's configuration and layer specs for our LLM: one for CPUs, one of Transformer
+Engine layers."""
 
 import logging
 from collections.abc import Callable
@@ -55,7 +56,12 @@ def choose_backend(device: torch.device) -> Backend:
 
 
 def transformer_config(
-    llm: LLMConfig, *, layout: BlockLayout, dtype: torch.dtype, backend: Backend, recompute: str = "none"
+    llm: LLMConfig,
+    *,
+    layout: BlockLayout,
+    dtype: torch.dtype,
+    backend: Backend,
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the LLM.
 
@@ -64,13 +70,18 @@ def transformer_config(
         layout: Parallel degrees.
         dtype: Of parameters and activations.
         backend: Which layers will be built.
-        recompute: Activation checkpointing: "none", "selective" (core attention) or "full" (every layer).
+        recompute: Activation checkpointing: "none", "selective" (core attention) or "full" (every
+            layer).
     """
     on_gpu = backend == "te"
     recompute_settings: dict[str, Any] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
     }[recompute]
     return TransformerConfig(
         num_layers=llm.num_layers,
@@ -90,15 +101,17 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
         pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline
+        if layout.virtual_pipeline > 1
+        else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         # Initial values come from `model.init`, the same in every layout.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        # The batched exchange mixes up activations and gradients when the previous and the next stage are the
-        # same rank (two stages, interleaved): wrong numbers without an error.
+        # The batched exchange mixes up activations and gradients when the previous and the next
+        # stage are the same rank (two stages, interleaved): wrong numbers without an error.
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
         bias_activation_fusion=on_gpu and llm.activation == "swiglu",
@@ -111,7 +124,9 @@ def transformer_config(
     )
 
 
-def block_spec(config: TransformerConfig, *, num_layers: int, backend: Backend) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, *, num_layers: int, backend: Backend
+) -> TransformerBlockSubmodules:
     """The layers of one model chunk and its final norm."""
     layer: ModuleSpec
     final_norm: Callable

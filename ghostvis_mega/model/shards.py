@@ -1,7 +1,7 @@
 """How a parameter of the LLM is cut between tensor-parallel ranks, by its global name.
 
-Names are those of the single-device model: `decoder.layers.{i}.self_attention.linear_qkv.weight` and so on, with
-the norms under their own names whichever layer implementation holds them.
+Names are those of the single-device model: `decoder.layers.{i}.self_attention.linear_qkv.weight`
+and so on, with the norms under their own names whichever layer implementation holds them.
 """
 
 import re
@@ -24,8 +24,11 @@ def canonical_name(name: str) -> str:
 
 
 def partition_dim(name: str) -> int | None:
-    """The dimension along which a parameter is cut; None when every tensor-parallel rank holds all of it."""
-    if re.search(r"(linear_qkv\.(weight|bias)|linear_fc1\.weight|embedding\.weight|head\.weight)$", name):
+    """The dimension along which a parameter is cut; None when every tensor-parallel rank holds all
+    of it."""
+    if re.search(
+        r"(linear_qkv\.(weight|bias)|linear_fc1\.weight|embedding\.weight|head\.weight)$", name
+    ):
         return 0
     if re.search(r"(linear_proj|linear_fc2)\.weight$", name):
         return 1
@@ -35,7 +38,8 @@ def partition_dim(name: str) -> int | None:
 def shard(full: torch.Tensor, name: str, *, size: int, rank: int, gated: bool) -> torch.Tensor:
     """The part of `full` that tensor-parallel rank `rank` of `size` holds.
 
-    `gated` says that linear_fc1 stacks gate and up projections; each rank holds its part of both, gate first.
+    `gated` says that linear_fc1 stacks gate and up projections; each rank holds its part of both,
+    gate first.
     """
     dim = partition_dim(name)
     if dim is None or size == 1:

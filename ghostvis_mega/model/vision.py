@@ -35,7 +35,8 @@ def build_tower(vision: VisionConfig) -> nn.Module:
 
 
 class Projector(nn.Module):
-    """Two-layer MLP with exact GELU, as in LLaVA 1.5 (names as Hugging Face's `multi_modal_projector`)."""
+    """Two-layer MLP with exact GELU, as in LLaVA 1.5 (names as Hugging Face's
+    `multi_modal_projector`)."""
 
     def __init__(self, width: int, llm_width: int):
         super().__init__()
@@ -61,7 +62,8 @@ class AveragePool(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Latents attend to patches and latents, then an MLP; pre-norm (Flamingo, arXiv 2204.14198, section 3.1)."""
+    """Latents attend to patches and latents, then an MLP; pre-norm (Flamingo, arXiv 2204.14198,
+    section 3.1)."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -111,15 +113,17 @@ class PerceiverResampler(nn.Module):
 class VisionEncoder(nn.Module):
     """Pictures in, LLM embeddings out: `tower`, `resampler`, `projector`.
 
-    The tower's hidden state `feature_layer` is used as transformers' LLaVA uses it: before the tower's final
-    LayerNorm unless `post_norm`, and for CLIP without the class token. Parameters that this choice leaves unused
-    do not require gradients.
+    The tower's hidden state `feature_layer` is used as transformers' LLaVA uses it: before the
+    tower's final LayerNorm unless `post_norm`, and for CLIP without the class token. Parameters
+    that this choice leaves unused do not require gradients.
     """
 
     def __init__(self, model: ModelConfig):
         super().__init__()
         vision, connector = model.vision, model.connector
-        assert vision is not None and connector is not None, "a text-only model has no vision encoder"
+        assert vision is not None and connector is not None, (
+            "a text-only model has no vision encoder"
+        )
         self.config, self.connector_config = vision, connector
         self.tokens_per_image = model.tokens_per_image
         self.tower = build_tower(vision)
@@ -127,10 +131,14 @@ class VisionEncoder(nn.Module):
         if connector.kind == "avgpool_mlp":
             self.resampler = AveragePool(vision.grid, self.tokens_per_image)
         elif connector.kind == "perceiver_mlp":
-            self.resampler = PerceiverResampler(connector, vision.hidden_size, self.tokens_per_image)
+            self.resampler = PerceiverResampler(
+                connector, vision.hidden_size, self.tokens_per_image
+            )
         self.projector = Projector(vision.hidden_size, model.llm.hidden_size)
         mean, std = _PIXEL_STATISTICS[vision.kind]
-        self.register_buffer("pixel_mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer(
+            "pixel_mean", 255 * torch.tensor(mean)[:, None, None], persistent=False
+        )
         self.register_buffer("pixel_std", 255 * torch.tensor(std)[:, None, None], persistent=False)
         self.num_used_layers = vision.num_layers + 1 + vision.feature_layer
         for parameter in self.unused_parameters():

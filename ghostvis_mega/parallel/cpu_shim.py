@@ -1,8 +1,9 @@
 """What Megatron-Core 0.19 needs to run without CUDA, in one place.
 
-Megatron-Core asks `torch.cuda` for the current device, for synchronisation and for random states, also where
-nothing else needs a GPU. On a machine without CUDA its modules are given a `torch` that answers those calls for
-the CPU; torch itself, and every other library, stay as they are. With CUDA nothing is replaced.
+Megatron-Core asks `torch.cuda` for the current device, for synchronisation and for random states,
+also where nothing else needs a GPU. On a machine without CUDA its modules are given a `torch` that
+answers those calls for the CPU; torch itself, and every other library, stay as they are. With CUDA
+nothing is replaced.
 """
 
 import importlib
@@ -32,11 +33,13 @@ ASKS_FOR_CUDA = (
     "megatron.core.transformer.attention",
     "megatron.core.transformer.mlp",
 )
-"""Modules that must have a global called `torch`; every other loaded Megatron-Core module gets the same."""
+"""Modules that must have a global called `torch`; every other loaded Megatron-Core module gets the
+same."""
 
 
 class _CudaOnCpu:
-    """The part of `torch.cuda` that Megatron-Core calls, answered for the CPU; the rest is torch's own."""
+    """The part of `torch.cuda` that Megatron-Core calls, answered for the CPU; the rest is torch's
+    own."""
 
     manual_seed = staticmethod(torch.manual_seed)
     get_rng_state = staticmethod(lambda *_, **__: torch.get_rng_state())
@@ -54,7 +57,8 @@ class _CudaOnCpu:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """Make a tensor factory read device="cuda" as the CPU (Megatron-Core's schedules say it literally)."""
+    """Make a tensor factory read device="cuda" as the CPU (Megatron-Core's schedules say it
+    literally)."""
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if isinstance(kwargs.get("device"), str) and kwargs["device"].startswith("cuda"):
@@ -92,14 +96,17 @@ def apply_cpu_shim() -> bool:
         Whether anything was replaced: False where CUDA is there.
 
     Raises:
-        AttributeError: A symbol to replace is gone, so this Megatron-Core is not the one that was tested.
+        AttributeError: A symbol to replace is gone, so this Megatron-Core is not the one that was
+            tested.
     """
     if torch.cuda.is_available():
         return False
     proxy = _TorchOnCpu()
     for name in ASKS_FOR_CUDA:
         if not hasattr(importlib.import_module(name), "torch"):
-            raise AttributeError(f"{name} no longer has a global `torch`; the CPU shim does not fit this megatron-core")
+            raise AttributeError(
+                f"{name} has no global `torch`; the CPU shim does not fit this megatron-core"
+            )
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = proxy
@@ -108,7 +115,9 @@ def apply_cpu_shim() -> bool:
         module = importlib.import_module(name)
         for symbol in symbols:
             if not hasattr(module, symbol):
-                raise AttributeError(f"{name}.{symbol} is gone; the CPU shim does not fit this megatron-core")
+                raise AttributeError(
+                    f"{name}.{symbol} is gone; the CPU shim does not fit this megatron-core"
+                )
             setattr(module, symbol, cpu_versions[symbol])
     log.debug("no CUDA: Megatron-Core runs on the CPU")
     return True

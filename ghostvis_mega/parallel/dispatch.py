@@ -1,7 +1,8 @@
 """Which rank encodes which picture: arithmetic that every rank repeats, without communication.
 
-The vision tower is replicated on every rank of the world, whatever the LLM's layout; the distinct pictures of a
-global batch are spread over all of them by cost, and their embeddings travel to the replicas that need them.
+The vision tower is replicated on every rank of the world, whatever the LLM's layout; the distinct
+pictures of a global batch are spread over all of them by cost, and their embeddings travel to the
+replicas that need them.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ class ImageDispatch:
         return sum(len(ids) for ids in self.encode)
 
     def imbalance(self) -> float:
-        """Pictures of the busiest rank over the mean; 1.0 is perfect, 0.0 means no pictures at all."""
+        """Pictures of the busiest rank over the mean; 1.0 is perfect, 0.0 means no pictures at
+        all."""
         loads = [len(ids) for ids in self.encode]
         return max(loads) * len(loads) / self.num_images if self.num_images else 0.0
 
@@ -33,7 +35,8 @@ class ImageDispatch:
 def dispatch_images(wanted: Sequence[Sequence[int]], places: Sequence[Place]) -> ImageDispatch:
     """Give each distinct picture to one rank.
 
-    Pictures have one size, so counts are costs. Among the least loaded ranks one that needs the picture itself is
+    Pictures have one size, so counts are costs. Among the least loaded ranks one that needs the
+    picture itself is
     preferred: its embedding need not travel.
 
     Args:

@@ -1,4 +1,5 @@
-"""Moving image embeddings from the ranks that encode to the ranks that read, and their gradients back.
+"""Moving image embeddings from the ranks that encode to the ranks that read, and their gradients
+back.
 
 Shape legend: N pictures, T tokens an image, H LLM width.
 """
@@ -13,7 +14,8 @@ from ghostvis_mega.parallel.groups import Groups, Place
 
 
 class EmbeddingExchange:
-    """The two all-to-alls of one step; every rank of the world takes part in each, also with nothing to send.
+    """The two all-to-alls of one step; every rank of the world takes part in each, also with
+    nothing to send.
 
     Args:
         dispatch: Owners and needs, the same on all ranks.
@@ -25,7 +27,8 @@ class EmbeddingExchange:
         self.own = dispatch.encode[groups.rank]
         self.wanted = dispatch.wanted[groups.place.data] if groups.is_first_stage else ()
         wanted_sets = [frozenset(ids) for ids in dispatch.wanted]
-        # Pictures this rank sends to each rank, and those it gets from each rank, in ascending order.
+        # Pictures this rank sends to each rank, and those it gets from each rank, in ascending
+        # order.
         self.sent = [_common(self.own, wanted_sets, place) for place in groups.places]
         mine = frozenset(self.wanted)
         self.received = [[i for i in ids if i in mine] for ids in dispatch.encode]
@@ -50,10 +53,13 @@ class EmbeddingExchange:
         first = self.groups.place.tensor == 0
         sent = [ids if first else [] for ids in self.received]
         received = [
-            ids if place.tensor == 0 else [] for ids, place in zip(self.sent, self.groups.places, strict=True)
+            ids if place.tensor == 0 else []
+            for ids, place in zip(self.sent, self.groups.places, strict=True)
         ]
         got = self._all_to_all(_pick(wanted_NTH, self.wanted, sent), sent, received)
-        total = torch.zeros((len(self.own), *wanted_NTH.shape[1:]), dtype=got.dtype, device=got.device)
+        total = torch.zeros(
+            (len(self.own), *wanted_NTH.shape[1:]), dtype=got.dtype, device=got.device
+        )
         position = {image: index for index, image in enumerate(self.own)}
         index = [position[image] for ids in received for image in ids]
         return total.index_add_(0, torch.tensor(index, dtype=torch.int64, device=got.device), got)
@@ -63,7 +69,9 @@ class EmbeddingExchange:
     ) -> torch.Tensor:
         counts_in, counts_out = [len(ids) for ids in received], [len(ids) for ids in sent]
         got = rows.new_empty((sum(counts_in), *rows.shape[1:]))
-        dist.all_to_all_single(got, rows.contiguous(), counts_in, counts_out, group=self.groups.world)
+        dist.all_to_all_single(
+            got, rows.contiguous(), counts_in, counts_out, group=self.groups.world
+        )
         return got
 
 
@@ -77,6 +85,8 @@ def _pick(rows: torch.Tensor, ids: Sequence[int], lists: Sequence[Sequence[int]]
     return rows[torch.tensor(index, dtype=torch.int64, device=rows.device)]
 
 
-def _order(lists: Sequence[Sequence[int]], target: Sequence[int], device: torch.device) -> torch.Tensor:
+def _order(
+    lists: Sequence[Sequence[int]], target: Sequence[int], device: torch.device
+) -> torch.Tensor:
     position = {image: index for index, image in enumerate(image for ids in lists for image in ids)}
     return torch.tensor([position[image] for image in target], dtype=torch.int64, device=device)

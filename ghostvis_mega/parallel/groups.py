@@ -1,7 +1,7 @@
 """The process groups of a run as one object that is passed around.
 
-Megatron-Core's layers read its global `parallel_state`; it is initialised here and nowhere else. Ranks are laid
-out as Megatron-Core does: tensor fastest, then data, then pipeline.
+Megatron-Core's layers read its global `parallel_state`; it is initialised here and nowhere else.
+Ranks are laid out as Megatron-Core does: tensor fastest, then data, then pipeline.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,9 @@ def build_groups(degrees: Degrees, *, seed: int) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
-        virtual_pipeline_model_parallel_size=degrees.virtual_pipeline if degrees.virtual_pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=degrees.virtual_pipeline
+        if degrees.virtual_pipeline > 1
+        else None,
         context_parallel_size=degrees.context,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,8 +1,8 @@
 """First-step gradients of a run in any layout against those of one plain fp32 process.
 
-Two runs of `python -m ghostvis_mega gradients`: one process writes the truth, then each layout is compared with it.
-The distance of a one-GPU BF16 run to the truth is the rounding noise of BF16; a layout is right when its own
-distance is about the same.
+Two runs of `python -m ghostvis_mega gradients`: one process writes the truth, then each layout is
+compared with it. The distance of a one-GPU BF16 run to the truth is the rounding noise of BF16; a
+layout is right when its own distance is about the same.
 """
 
 import logging
@@ -42,8 +42,11 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def write_true_gradients(run: RunConfig, groups: Groups, path: Path, *, device: torch.device) -> float:
-    """Compute the first step's gradients in one plain fp32 process and store them; returns the loss."""
+def write_true_gradients(
+    run: RunConfig, groups: Groups, path: Path, *, device: torch.device
+) -> float:
+    """Compute the first step's gradients in one plain fp32 process and store them; returns the
+    loss."""
     dataset = Dataset.open(run.data.train)
     batch, work = Feed(run, groups, dataset).get(0)
     vision = run.model.vision
@@ -53,14 +56,21 @@ def write_true_gradients(run: RunConfig, groups: Groups, path: Path, *, device: 
     trainer = PlainTrainer(run, groups, device=device)
     loss = trainer.backward(work.micro_batches, dict(zip(ids, pixels, strict=True)))
     save_file({name: g.cpu().contiguous() for name, g in trainer.gradients().items()}, path)
-    log.info("loss %.6f, %d gradients in %s (%d sequences)", loss, len(trainer.trained), path, len(batch.sequences))
+    log.info(
+        "loss %.6f, %d gradients in %s (%d sequences)",
+        loss,
+        len(trainer.trained),
+        path,
+        len(batch.sequences),
+    )
     return loss
 
 
 def layout_errors(
     run: RunConfig, groups: Groups, path: Path, *, device: torch.device
 ) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Loss of the first step, its gradients' relative L2 errors by name, and sizes of the true ones.
+    """Loss of the first step, its gradients' relative L2 errors by name, and sizes of the true
+    ones.
 
     Collective. The sizes are the shares of the joint squared norm, so that errors can be weighted.
     """
@@ -78,17 +88,20 @@ def layout_errors(
 def summary_rows(
     loss: float, errors: Mapping[str, float], shares: Mapping[str, float], *, bar: float | None
 ) -> list[dict[str, Any]]:
-    """Rows of name, value, unit, bar and ok: the joint error of all gradients, then the worst parameter.
+    """Rows of name, value, unit, bar and ok: the joint error of all gradients, then the worst
+    parameter.
 
-    The joint error is the relative L2 distance of the whole gradient, that is the root of the parameters' squared
-    errors weighted with their shares of the joint squared norm.
+    The joint error is the relative L2 distance of the whole gradient, that is the root of the
+    parameters' squared errors weighted with their shares of the joint squared norm.
     """
     joint = sum(errors[name] ** 2 * shares[name] for name in errors) ** 0.5
     worst = max(errors, key=lambda name: errors[name])
     median = sorted(errors.values())[len(errors) // 2]
     fine = bar is None or joint <= bar
 
-    def row(name: str, value: float, *, held_to: float | None = None, ok: bool = True) -> dict[str, Any]:
+    def row(
+        name: str, value: float, *, held_to: float | None = None, ok: bool = True
+    ) -> dict[str, Any]:
         return {"name": name, "value": value, "unit": "relative L2", "bar": held_to, "ok": ok}
 
     return [

@@ -1,4 +1,5 @@
-"""From a prepared dataset to what one rank needs for a step, read ahead while the step before runs."""
+"""From a prepared dataset to what one rank needs for a step, read ahead while the step before
+runs."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,13 +11,17 @@ from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.images import load_image
+from ghostvis_mega.data.pixels import ImageError
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.utils.errors import DataError
 
 
-def load_pixels(dataset: Dataset, image_ids: Sequence[int], *, size: int, seeds: Sequence[int] | None) -> torch.Tensor:
+def load_pixels(
+    dataset: Dataset, image_ids: Sequence[int], *, size: int, seeds: Sequence[int] | None
+) -> torch.Tensor:
     """Decoded pictures: uint8 [n, 3, size, size].
 
     Args:
@@ -24,11 +29,19 @@ def load_pixels(dataset: Dataset, image_ids: Sequence[int], *, size: int, seeds:
         image_ids: Which.
         size: Side in pixels.
         seeds: One a picture for random augmentation; None shows them as they are.
+
+    Raises:
+        DataError: A picture is damaged; names it.
     """
-    pictures = [
-        load_image(dataset.image_bytes(image), image_size=size, augment_seed=None if seeds is None else seeds[index])
-        for index, image in enumerate(image_ids)
-    ]
+    pictures = []
+    for index, image in enumerate(image_ids):
+        try:
+            seed = None if seeds is None else seeds[index]
+            pictures.append(
+                load_image(dataset.image_bytes(image), image_size=size, augment_seed=seed)
+            )
+        except ImageError as error:
+            raise DataError(f"image {image} of {dataset.path} cannot be used: {error}") from error
     return torch.stack(pictures) if pictures else torch.zeros((0, 3, size, size), dtype=torch.uint8)
 
 
@@ -77,18 +90,25 @@ class Feed:
     def _read(self, step: int) -> tuple[GlobalBatch, StepInput]:
         batch = self.source.global_batch(step)
         wanted = [
-            [image for micro in replica for row in micro for image in row.image_ids] for replica in batch.replicas
+            [image for micro in replica for row in micro for image in row.image_ids]
+            for replica in batch.replicas
         ]
         dispatch = dispatch_images(wanted, self.groups.places)
         own = dispatch.encode[self.groups.rank]
         seeds = None
         if self.run.data.augment:
-            seeds = [augment_seed(self.run.train.seed, epoch=batch.epoch, image=image) for image in own]
+            seeds = [
+                augment_seed(self.run.train.seed, epoch=batch.epoch, image=image) for image in own
+            ]
         vision = self.run.model.vision
         return batch, StepInput(
-            micro_batches=[self.source.micro_batch(micro) for micro in batch.replicas[self.groups.place.data]],
+            micro_batches=[
+                self.source.micro_batch(micro) for micro in batch.replicas[self.groups.place.data]
+            ],
             dispatch=dispatch,
-            pixels_N3hw=load_pixels(self.dataset, own, size=vision.image_size if vision else 1, seeds=seeds),
+            pixels_N3hw=load_pixels(
+                self.dataset, own, size=vision.image_size if vision else 1, seeds=seeds
+            ),
             trained_tokens=batch.trained_tokens,
         )
 

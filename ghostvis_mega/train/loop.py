@@ -47,7 +47,9 @@ class Loop:
             result = self.engine.step(work, step=step)
             ended = time.perf_counter()
             timing = {"data": fetched - began} | self.engine.timer.read()
-            metrics = self.measure(step, batch, result, timing, images=work.dispatch.num_images, seconds=ended - began)
+            metrics = self.measure(
+                step, batch, result, timing, images=work.dispatch.num_images, seconds=ended - began
+            )
             self.observers.on_step(metrics)
             loss = result.loss
             done = step + 1
@@ -89,7 +91,10 @@ class Loop:
             loss=result.loss,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
-            lr={module: result.lr_factor * getattr(run.optim.lr, module) for module in run.trained_modules},
+            lr={
+                module: result.lr_factor * getattr(run.optim.lr, module)
+                for module in run.trained_modules
+            },
             tokens=batch.num_tokens,
             trained_tokens=batch.trained_tokens,
             images=images,

@@ -51,16 +51,21 @@ class Previewer:
     def __init__(self, engine: TrainEngine, dataset: Dataset, run: RunConfig):
         self.dataset = dataset
         count = min(run.log.preview_samples, dataset.num_samples)
-        # Spread over the dataset by a step prime to usual groupings, so that pictures and questions vary.
+        # Spread over the dataset by a step prime to usual groupings, so that pictures and questions
+        # vary.
         self.samples = [index * dataset.num_samples // count for index in range(count)]
-        self.decoder = build_decoder(engine, dataset, rows=max(1, count // engine.groups.degrees.data))
+        self.decoder = build_decoder(
+            engine, dataset, rows=max(1, count // engine.groups.degrees.data)
+        )
 
     def look(self) -> list[Preview]:
         """Answer the samples; collective."""
         rows = answer_samples(self.decoder, self.dataset, self.samples, max_new_tokens=16)
         return [
             Preview(
-                images_png=tuple(self.dataset.image_bytes(i) for i in self.dataset.sample(index).image_ids),
+                images_png=tuple(
+                    self.dataset.image_bytes(i) for i in self.dataset.sample(index).image_ids
+                ),
                 question=question,
                 answer=answer,
                 truth=truth,

@@ -1,1 +1,2 @@
-"""Small helpers without a place in the data flow: errors, files, logging. Imports no other package."""
+"""Small helpers without a place in the data flow: errors, files, logging. Imports no other
+package."""

@@ -11,8 +11,14 @@ class ConfigError(GhostVisError, ValueError):
     def __init__(self, problems: list[str]):
         self.problems = list(problems)
         count = len(self.problems)
-        head = "1 problem in the configuration:" if count == 1 else f"{count} problems in the configuration:"
-        super().__init__("\n".join([head, *(f"  {i}. {text}" for i, text in enumerate(self.problems, 1))]))
+        head = (
+            "1 problem in the configuration:"
+            if count == 1
+            else f"{count} problems in the configuration:"
+        )
+        super().__init__(
+            "\n".join([head, *(f"  {i}. {text}" for i, text in enumerate(self.problems, 1))])
+        )
 
 
 class DataError(GhostVisError, ValueError):

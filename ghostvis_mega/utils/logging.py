@@ -16,6 +16,8 @@ CHATTER = (
     ("Apex is not installed", UserWarning, "megatron"),
     ("The following imports from `dynamic_context.py`", DeprecationWarning, "megatron"),
     ("full scope is deprecated", UserWarning, "megatron"),
+    ("invalid escape sequence", SyntaxWarning, ""),
+    ("Detected a Jax installation", RuntimeWarning, "transformer_engine"),
     # DeepSpeed's choice of collectives, said anew at every step.
     ("`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is dep", FutureWarning, "torch"),
 )
