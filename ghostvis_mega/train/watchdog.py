@@ -42,8 +42,9 @@ class Watchdog:
             silent = time.monotonic() - self._since
             if silent > self.timeout_s:
                 log.critical(
-                    "rank %d hangs in %s: no progress for %.0f s (train.timeout_s). Stacks of its
-                    threads follow.", self.rank,
+                    "rank %d hangs in %s: no progress for %.0f s (train.timeout_s). "
+                    "Stacks of its threads follow.",
+                    self.rank,
                     self._doing,
                     silent,
                 )
