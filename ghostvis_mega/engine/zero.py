@@ -128,16 +128,17 @@ class ZeroEngine:
         if self.stage == 0:
             self.engine.zero_grad()
             return
+        # Also takes back stage 3's count of accumulated backward passes.
         self.optimizer.zero_grad(set_to_none=True)
-        if self.stage < 3:
-            self.optimizer._release_preflattened_grad_buffers()
-            self.optimizer.all_grad_tensors.clear()
-            for index in self.optimizer.averaged_gradients:
-                self.optimizer.averaged_gradients[index] = None
-            self.optimizer.micro_step_id = -1
-        else:
+        if self.stage == 3:
             self.optimizer.averaged_gradients.clear()
-            self.optimizer.micro_step_id = -1
+            return
+        self.optimizer._release_preflattened_grad_buffers()
+        self.optimizer.all_grad_tensors.clear()
+        for index in self.optimizer.averaged_gradients:
+            self.optimizer.averaged_gradients[index] = None
+        # As after a step: the next reduction starts anew instead of adding to this one.
+        self.optimizer.micro_step_id = -1
 
     def weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """One parameter whole over data parallelism; with stage 3 collective in the engine's group."""
