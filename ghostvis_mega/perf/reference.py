@@ -11,6 +11,7 @@ from torch import nn
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine.build import build_chunks, build_encoder
+from ghostvis_mega.engine.finish import fill_missing_gradients
 from ghostvis_mega.engine.optimizer import lr_factor, parameter_groups
 from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.groups import Groups
@@ -95,6 +96,9 @@ class PlainTrainer:
 
     def update(self, *, step: int) -> float:
         """Clip and step with the schedule's learning rates; returns the norm before the clip."""
+        # What the batch did not use has a gradient of zero; without one AdamW would neither decay
+        # it nor its moments.
+        fill_missing_gradients(p for _, p in self.trained)
         limit = self.run.optim.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_([p for _, p in self.trained], limit).item()
         factor = lr_factor(step, optim=self.run.optim, total_steps=self.run.train.steps)
