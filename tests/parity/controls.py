@@ -1,0 +1,109 @@
+"""Breaking a layout on purpose, one way for each of `layouts.CONTROLS`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ghostvis_mega.data.batch import MicroBatch
+from ghostvis_mega.engine import step as engine_step
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.model.inputs import ModelInput
+from ghostvis_mega.model.llm import LLMChunk
+from ghostvis_mega.perf.reference import PlainTrainer
+from tests.parity.layouts import Control
+from tests.parity.measure import Lab
+from tests.parity.problem import ROWS
+
+
+def measure_broken(lab: Lab, control: Control) -> dict[str, Any]:
+    """The row of a broken layout."""
+    return BREAKS[control.name](lab, control)
+
+
+def _patched(target: Any, name: str, value: Any) -> Callable[[Lab, Control], dict[str, Any]]:
+    def run(lab: Lab, control: Control) -> dict[str, Any]:
+        with mock.patch.object(target, name, value):
+            return lab.measure(control.layout)
+
+    return run
+
+
+def _exchanged_pictures(lab: Lab, control: Control) -> dict[str, Any]:
+    def alter(rows: list[MicroBatch]) -> None:
+        # Rows 2 and 3 are one micro-batch; each shows picture 1, row 2 another one as well.
+        first, second = rows[2].images[1], rows[3].images[0]
+        rows[2] = replace(
+            rows[2], images=(rows[2].images[0], replace(first, image_id=second.image_id))
+        )
+        rows[3] = replace(rows[3], images=(replace(second, image_id=first.image_id),))
+
+    return lab.measure(control.layout, alter=alter)
+
+
+def _late_boundary(lab: Lab, control: Control) -> dict[str, Any]:
+    def alter(rows: list[MicroBatch]) -> None:
+        for index, row in enumerate(rows):
+            assert row.cu_seqlens is not None
+            ends = row.cu_seqlens.clone()
+            ends[1] += 1
+            rows[index] = replace(row, cu_seqlens=ends, max_seqlen=int(ends.diff().max()))
+
+    return lab.measure(control.layout, alter=alter)
+
+
+def _mean_of_means(lab: Lab, control: Control) -> dict[str, Any]:
+    loss_sum = LLMChunk.loss_sum
+
+    def averaged(chunk: LLMChunk, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
+        # Times the mean count, so that only the weighting between micro-batches differs.
+        return loss_sum(chunk, hidden_SBH, inputs) / inputs.weights_R.sum() * tokens / ROWS
+
+    tokens = lab.batch(lab.engine(control.layout), control.layout, 0).trained_tokens
+    with mock.patch.object(LLMChunk, "loss_sum", averaged):
+        return lab.measure(control.layout)
+
+
+@torch.no_grad()
+def _exchange_gate_and_up(trainer: PlainTrainer) -> None:
+    weight = trainer.llm.decoder.layers[1].mlp.linear_fc1.weight
+    gate, up = weight.clone().chunk(2)
+    weight.copy_(torch.cat([up, gate]))
+
+
+def _wrong_reference(lab: Lab, control: Control) -> dict[str, Any]:
+    degrees = replace(lab.engine(control.layout).groups.degrees, tensor=1, pipeline=1, data=4)
+    truth = lab.solve(control.layout, lab.groups(degrees), _exchange_gate_and_up)
+    return lab.measure(control.layout, truth=truth)
+
+
+def _batched_exchange(lab: Lab, control: Control) -> dict[str, Any]:
+    def prepare(engine: TrainEngine) -> None:
+        for chunk in engine.parts.chunks:
+            chunk.config.batch_p2p_comm = True
+
+    return lab.measure(control.layout, prepare=prepare)
+
+
+def _norm_of_llm_alone(lab: Lab, control: Control) -> dict[str, Any]:
+    def prepare(engine: TrainEngine) -> None:
+        engine.parts.vision_engine.square_sum = lambda: torch.zeros(())
+
+    return lab.measure(control.layout, prepare=prepare)
+
+
+BREAKS: dict[str, Callable[[Lab, Control], dict[str, Any]]] = {
+    "no sum over the sequence": _patched(
+        engine_step, "sum_sequence_parallel_gradients", lambda *_: None
+    ),
+    "tied embeddings not summed": _patched(engine_step, "sum_tied_gradients", lambda *_: None),
+    "picture gradients not rescaled": _patched(TrainEngine, "vision_gradient_scale", lambda _: 1.0),
+    "pictures of two rows exchanged": _exchanged_pictures,
+    "loss averaged in each micro-batch": _mean_of_means,
+    "gate and up exchanged in the reference": _wrong_reference,
+    "segment boundary one token late": _late_boundary,
+    "norm without the vision engine": _norm_of_llm_alone,
+    "batched exchange between two interleaved stages": _batched_exchange,
+}

@@ -1,0 +1,102 @@
+"""Every layout of four ranks against one plain process; broken layouts; skipped steps.
+
+All in one launch.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import launch
+from tests.parity.layouts import CONTROLS, LAYOUTS, SKIPS, Control, Layout
+
+GRADIENT_BAR = 1e-5
+"""Relative L2 distance of each parameter's first gradient."""
+WEIGHT_BAR = 1e-5
+"""The same of each weight after three steps."""
+LOSS_BAR = 1e-6
+"""Relative, the worst of three steps."""
+NORM_BAR = 1e-5
+FAR = 1e-2
+"""What a broken layout's gradients must exceed: a thousand times the bar."""
+
+# The first test waits for the launch, which has a limit of its own.
+pytestmark = [pytest.mark.world_size(4), pytest.mark.timeout(420)]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Rows of JSON by kind and name."""
+    worker = Path(__file__).with_name("worker.py")
+    return launch(worker, ranks=4, timeout_s=360, folder=tmp_path_factory.mktemp("parity"))
+
+
+def expected_modules(layout: Layout) -> set[str]:
+    """Modules that a layout trains."""
+    frozen = layout.problem.get("train", {}).get("freeze", [])
+    connector = layout.problem.get("model", {}).get("connector", {}).get("kind")
+    modules = {"llm", "vision", "projector"} | (
+        {"resampler"} if connector == "perceiver_mlp" else set()
+    )
+    return modules - set(frozen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_equals_plain_process(measured: dict[str, Any], layout: Layout) -> None:
+    row = measured["layouts"][layout.name]
+    assert row["gradient_error"] <= GRADIENT_BAR, row["gradient_name"]
+    assert row["weight_error"] <= WEIGHT_BAR, row["weight_name"]
+    assert row["loss_error"] <= LOSS_BAR
+    assert row["norm_error"] <= NORM_BAR
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_comparison_has_substance(measured: dict[str, Any], layout: Layout) -> None:
+    row = measured["layouts"][layout.name]
+    norms = row["truth_norms"]
+    assert set(norms) == expected_modules(layout)
+    for module, norm in norms.items():
+        if layout.kind == "text" and module != "llm":
+            assert norm == 0.0
+        else:
+            assert norm > 1e-3, f"the batch teaches {module} nothing"
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+def test_broken_layout_is_seen(measured: dict[str, Any], control: Control) -> None:
+    row = measured["controls"][control.name]
+    gradients = row["gradients"]
+    hit = {name: error for name, error in gradients.items() if re.search(control.hit, name)}
+    spared = {name: error for name, error in gradients.items() if re.search(control.spared, name)}
+    assert hit or spared, "the expressions fit no parameter"
+    assert not hit.keys() & spared.keys()
+    assert {name: error for name, error in hit.items() if not error > FAR} == {}
+    assert {name: error for name, error in spared.items() if not error <= GRADIENT_BAR} == {}
+    # The three steps that follow show it as well, also where no first gradient does.
+    assert row["weight_error"] > 10 * WEIGHT_BAR
+    assert row["norm_error"] > 10 * NORM_BAR
+
+
+@pytest.mark.parametrize("layout", SKIPS, ids=lambda layout: layout.name)
+def test_nan_on_one_rank_skips_the_step_everywhere(
+    measured: dict[str, Any], layout: Layout
+) -> None:
+    row = measured["skips"][layout.name]
+    everywhere = {"loss": True, "embeddings": True, "vision gradient": True}
+    assert row["skipped"] == everywhere
+    assert row["unchanged"] == everywhere
+    assert row["finite_loss"]["vision gradient"], "the norm alone must be enough for a skip"
+    assert not row["finite_loss"]["embeddings"]
+
+
+@pytest.mark.parametrize("layout", SKIPS, ids=lambda layout: layout.name)
+def test_steps_after_a_skip_equal_a_run_without_it(
+    measured: dict[str, Any], layout: Layout
+) -> None:
+    row = measured["skips"][layout.name]
+    assert not row["good_skipped"]
+    assert row["loss_error"] <= LOSS_BAR
+    assert row["norm_error"] <= NORM_BAR
+    assert row["weight_error"] <= WEIGHT_BAR

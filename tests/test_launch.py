@@ -1,0 +1,45 @@
+"""The launcher of multi-rank tests names the rank that hangs or fails and leaves no process."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.launch import RankError, RankHang, launch
+
+WORKER = Path(__file__).parent / "parity" / "sleeper.py"
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Running processes that were started by `launch` with this folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (entry / "environ").exists():
+            try:
+                environment = (entry / "environ").read_bytes()
+            except (PermissionError, ProcessLookupError, FileNotFoundError):
+                continue
+            if f"LAUNCH_FOLDER={folder}".encode() in environment:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.world_size(4)
+def test_hang_is_killed_and_named(tmp_path: Path) -> None:
+    with pytest.raises(RankHang) as caught:
+        launch(WORKER, ranks=4, timeout_s=25, folder=tmp_path, args=["hang"])
+    message = str(caught.value)
+    assert "hangs on rank 2:" in message
+    assert re.search(r"rank 2 is in asleep_forever \(sleeper\.py:\d+\)", message)
+    for rank in (0, 1, 3):
+        assert re.search(
+            rf"rank {rank} waits for others in .*called by main \(sleeper\.py:\d+\)", message
+        )
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.world_size(2)
+def test_failing_rank_is_named_and_ends_the_others(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 ended with 1.*rank 1 has had enough"):
+        launch(WORKER, ranks=2, timeout_s=60, folder=tmp_path, args=["fail"])
+    assert processes_of(tmp_path) == []
