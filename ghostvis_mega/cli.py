@@ -154,23 +154,17 @@ def _model_line(run: RunConfig) -> str:
     return line
 
 
-def main() -> None:
-    """Entry point of `ghostvis`."""
-    app(prog_name="ghostvis")
-
-
-GRADIENTS_HELP = """Compare a layout's first-step gradients with those of one plain fp32 process.
+GRADIENTS_HELP = """Compare first-step gradients of layouts with those of one plain fp32 process.
 
 \b
-Examples (the first writes the truth on one device, the second compares a layout with it):
-  python -m ghostvis_mega gradients examples/configs/vlm_1_5b_easyvqa.yaml --write-truth
-  truth.safetensors torchrun --nproc-per-node 2 -m ghostvis_mega gradients
-  examples/configs/vlm_1_5b_easyvqa.yaml \\
-    --truth truth.safetensors parallel.tensor=2
+Examples (the first writes the truth on one device, the second compares two layouts with it):
+  python -m ghostvis_mega gradients RUN.yaml --write-truth truth.safetensors
+  torchrun --nproc-per-node 4 -m ghostvis_mega gradients RUN.yaml --truth truth.safetensors \\
+    --layout parallel.tensor=2 --layout "parallel.tensor=2 parallel.pipeline=2"
 
 \b
 The distance of a one-GPU BF16 run is BF16's own rounding noise; a right layout has about the same.
-Exit code: 0 fine, 1 the worst error is above --bar, 2 wrong settings.
+Exit code: 0 fine, 1 a joint error is above --bar, 2 wrong settings.
 """
 
 
@@ -182,6 +176,9 @@ def gradients(
     ] = None,
     write_truth: Annotated[Path | None, typer.Option(help="Write the truth to this file.")] = None,
     truth: Annotated[Path | None, typer.Option(help="Compare with the truth in this file.")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="Overrides of one layout, between blanks; repeatable.")
+    ] = None,
     bar: Annotated[float | None, typer.Option(help="Largest joint error that is fine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:
@@ -189,26 +186,28 @@ def gradients(
     if (write_truth is None) == (truth is None):
         raise typer.BadParameter("give one of --write-truth FILE and --truth FILE")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    setup_logging(rank=rank)
     if write_truth is not None and world_size > 1:
         raise typer.BadParameter("--write-truth runs in one process")
+    setup_logging(rank=rank)
     try:
-        run = load_checked(config, overrides or [], world_size=world_size)
+        runs = [
+            load_checked(config, [*(overrides or []), *text.split()], world_size=world_size)
+            for text in layout or [""]
+        ]
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None
-    from ghostvis_mega.perf.gradients import layout_errors, summary_rows, write_true_gradients
+    from ghostvis_mega.perf.gradients import compare_layouts, write_true_gradients
     from ghostvis_mega.session import local_device, open_world
 
-    with open_world(run, device=local_device(run)) as world:
+    with open_world(runs[0], device=local_device(runs[0])) as world:
         if write_truth is not None:
-            write_true_gradients(run, world.groups, write_truth, device=world.device)
+            write_true_gradients(runs[0], world.groups, write_truth, device=world.device)
             return
         assert truth is not None
-        loss, errors, shares = layout_errors(run, world.groups, truth, device=world.device)
-    rows = summary_rows(loss, errors, shares, bar=bar)
+        rows = compare_layouts(runs, truth, device=world.device, bar=bar)
     if rank == 0:
-        print_rows(rows, title=Degrees.of(run, world_size=world_size).describe(), as_json=as_json)
+        print_rows(rows, title=f"gradients against {truth}", as_json=as_json)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
 
@@ -226,3 +225,8 @@ def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None
         bar = "" if row["bar"] is None else f"{row['bar']:g}"
         table.add_row(row["name"], value, row["unit"], bar, "yes" if row["ok"] else "NO")
     Console().print(table)
+
+
+def main() -> None:
+    """Entry point of `ghostvis`."""
+    app(prog_name="ghostvis")

@@ -5,6 +5,7 @@ rank without pictures, a stage without anything to train and a text-only batch t
 others.
 """
 
+import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ class TrainEngine:
     def engines(self) -> list:
         """The ZeRO engines in the order in which every rank uses them."""
         return [e for e in (self.parts.llm_engine, self.parts.vision_engine) if e is not None]
+
+    def close(self) -> None:
+        """Let go of all memory, so that another layout fits into the same process."""
+        for engine in self.engines:
+            engine.close()
+        self.parts = Parts(chunks=[], encoder=None, llm_engine=None, vision_engine=None)
+        self.vision = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def step(self, batch: StepInput, *, step: int) -> StepResult:
         """Train on one global batch.

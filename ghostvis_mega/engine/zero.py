@@ -1,8 +1,10 @@
-"""DeepSpeed ZeRO around modules that Megatron-Core's schedule runs: one reduction and one update a step.
+"""DeepSpeed ZeRO around modules that Megatron-Core's schedule runs: one reduction and one update a
+step.
 
-DeepSpeed 0.19's own forward and backward cannot be used inside a pipeline schedule: with several graphs outstanding
-its hooks reduce a parameter twice. Gradients therefore accumulate in `.grad` and are reduced once
-(`coalesce_grad_reduction`); the global norm, the clip and the decision to skip are made over all engines at once.
+DeepSpeed 0.19's own forward and backward cannot be used inside a pipeline schedule: with several
+graphs outstanding its hooks reduce a parameter twice. Gradients therefore accumulate in `.grad` and
+are reduced once (`coalesce_grad_reduction`); the global norm, the clip and the decision to skip are
+made over all engines at once.
 """
 
 import contextlib
@@ -49,12 +51,17 @@ class ZeroEngine:
             if parameter.dtype != torch.float32:
                 # Micro-batches add up in fp32; bf16 sums would lose small gradients.
                 parameter.grad_dtype = torch.float32
-        optimizer = build_adamw(parameter_groups(holder.named_parameters(), optim), optim, device=device)
+        optimizer = build_adamw(
+            parameter_groups(holder.named_parameters(), optim), optim, device=device
+        )
         config = settings.config
         self.bucket_elements = config["zero_optimization"]["reduce_bucket_size"]
         if self.stage in (1, 2):
-            # We compute one norm over all engines; DeepSpeed's own would be a second one, over one engine.
-            config = config | {"zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False}}
+            # We compute one norm over all engines; DeepSpeed's own would be a second one, over one
+            # engine.
+            config = config | {
+                "zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False}
+            }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=holder, optimizer=optimizer, config=config, mpu=grid
         )
@@ -64,14 +71,19 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def reduce_once(self) -> Iterator[None]:
-        """Backward passes inside accumulate locally; leaving averages the gradients over data parallelism."""
-        context = contextlib.nullcontext() if self.stage == 0 else self.engine.coalesce_grad_reduction()
+        """Backward passes inside accumulate locally; leaving averages the gradients over data
+        parallelism."""
+        context = (
+            contextlib.nullcontext() if self.stage == 0 else self.engine.coalesce_grad_reduction()
+        )
         with context:
             yield
             fill_missing_gradients(self.trained)
         if self.stage == 0:
             average_gradients(
-                self.trained, self.grid.get_data_parallel_group(), bucket_elements=self.bucket_elements
+                self.trained,
+                self.grid.get_data_parallel_group(),
+                bucket_elements=self.bucket_elements,
             )
 
     def set_learning_rates(self, factor: float, optim: OptimConfig) -> None:
@@ -82,8 +94,8 @@ class ZeroEngine:
     def square_sum(self) -> torch.Tensor:
         """This rank's share of the squared gradient norm, fp32 scalar.
 
-        Summed over the world, every element of every distinct parameter counts once: shards of ZeRO and tensor
-        parallelism add up, replicated copies count on one rank.
+        Summed over the world, every element of every distinct parameter counts once: shards of ZeRO
+        and tensor parallelism add up, replicated copies count on one rank.
         """
         norms = [
             gradient.detach().float().norm()
@@ -103,7 +115,9 @@ class ZeroEngine:
             if self.grid.get_data_parallel_rank() == 0:
                 yield from ((p.grad, p) for p in self.trained)
             return
-        partitions = self.optimizer.params_in_partition if self.stage < 3 else self.optimizer.fp16_groups
+        partitions = (
+            self.optimizer.params_in_partition if self.stage < 3 else self.optimizer.fp16_groups
+        )
         for index, gradients in self.optimizer.averaged_gradients.items():
             real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
             yield from zip(real, partitions[index], strict=False)
@@ -140,12 +154,22 @@ class ZeroEngine:
         # As after a step: the next reduction starts anew instead of adding to this one.
         self.optimizer.micro_step_id = -1
 
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks from the parameters; the engine is of no use afterwards."""
+        self.engine.destroy()
+
     def weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        """One parameter whole over data parallelism; with stage 3 collective in the engine's group."""
-        return deepspeed.utils.safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter.data
+        """One parameter whole over data parallelism; with stage 3 collective in the engine's
+        group."""
+        return (
+            deepspeed.utils.safe_get_full_fp32_param(parameter)
+            if self.stage == 3
+            else parameter.data
+        )
 
     def gradient(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The averaged gradient of one parameter, whole over data parallelism; collective in the engine's group."""
+        """The averaged gradient of one parameter, whole over data parallelism; collective in the
+        engine's group."""
         if self.stage == 0:
             return parameter.grad
         return deepspeed.utils.safe_get_full_grad(parameter)

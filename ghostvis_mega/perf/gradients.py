@@ -6,11 +6,12 @@ layout is right when its own distance is about the same.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -18,7 +19,8 @@ from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.inspect import reduced_gradient, relative_errors
 from ghostvis_mega.engine.step import TrainEngine
-from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.reference import PlainTrainer
 from ghostvis_mega.train.feed import Feed, load_pixels
 
@@ -66,47 +68,55 @@ def write_true_gradients(
     return loss
 
 
-def layout_errors(
-    run: RunConfig, groups: Groups, path: Path, *, device: torch.device
-) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Loss of the first step, its gradients' relative L2 errors by name, and sizes of the true
-    ones.
+def compare_layouts(
+    runs: Sequence[RunConfig], path: Path, *, device: torch.device, bar: float | None
+) -> list[dict[str, Any]]:
+    """Rows of name, value, unit, bar and ok for each layout, one after the other; collective.
 
-    Collective. The sizes are the shares of the joint squared norm, so that errors can be weighted.
+    The joint error is the relative L2 distance of the whole gradient.
+
+    Args:
+        runs: One a layout; model, data and batch are those of the truth.
+        path: File of `write_true_gradients`.
+        device: Of this process.
+        bar: Largest joint error that is fine; None holds to nothing.
     """
+    truth = StoredTensors(path)
+    squares = {name: float(truth[name].double().square().sum()) for name in truth}
+    whole = sum(squares.values())
+    rows = []
+    for run in runs:
+        destroy_groups()
+        degrees = Degrees.of(run, world_size=dist.get_world_size())
+        groups = build_groups(degrees, seed=run.train.seed)
+        loss, errors = layout_errors(run, groups, truth, device=device)
+        joint = sum(errors[name] ** 2 * squares[name] for name in errors) ** 0.5 / whole**0.5
+        worst = max(errors, key=lambda name: errors[name])
+        layout = degrees.describe()
+        fine = bar is None or joint <= bar
+        rows += [
+            _row(f"{layout}: loss", loss, "nats"),
+            _row(f"{layout}: joint gradient", joint, "relative L2", bar=bar, ok=fine),
+            _row(f"{layout}: median parameter", sorted(errors.values())[len(errors) // 2]),
+            _row(f"{layout}: worst parameter, {worst}", errors[worst]),
+        ]
+    return rows
+
+
+def _row(
+    name: str, value: float, unit: str = "relative L2", *, bar: float | None = None, ok: bool = True
+) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}
+
+
+def layout_errors(
+    run: RunConfig, groups: Groups, truth: Mapping[str, torch.Tensor], *, device: torch.device
+) -> tuple[float, dict[str, float]]:
+    """Loss of the first step and its gradients' relative L2 errors by name; collective."""
     engine = TrainEngine(run, groups, device=device)
     _, work = Feed(run, groups, Dataset.open(run.data.train)).get(0)
     loss_sum = engine.accumulate(work)
-    truth = StoredTensors(path)
     errors = relative_errors(engine, truth, reduced_gradient(engine))
-    squares = {name: float(truth[name].double().square().sum()) for name in truth}
-    joint = sum(squares.values())
     result = engine.update(loss_sum, work, step=0)
-    return result.loss, errors, {name: square / joint for name, square in squares.items()}
-
-
-def summary_rows(
-    loss: float, errors: Mapping[str, float], shares: Mapping[str, float], *, bar: float | None
-) -> list[dict[str, Any]]:
-    """Rows of name, value, unit, bar and ok: the joint error of all gradients, then the worst
-    parameter.
-
-    The joint error is the relative L2 distance of the whole gradient, that is the root of the
-    parameters' squared errors weighted with their shares of the joint squared norm.
-    """
-    joint = sum(errors[name] ** 2 * shares[name] for name in errors) ** 0.5
-    worst = max(errors, key=lambda name: errors[name])
-    median = sorted(errors.values())[len(errors) // 2]
-    fine = bar is None or joint <= bar
-
-    def row(
-        name: str, value: float, *, held_to: float | None = None, ok: bool = True
-    ) -> dict[str, Any]:
-        return {"name": name, "value": value, "unit": "relative L2", "bar": held_to, "ok": ok}
-
-    return [
-        {"name": "loss", "value": loss, "unit": "nats", "bar": None, "ok": True},
-        row("joint gradient", joint, held_to=bar, ok=fine),
-        row("median parameter", median),
-        row(f"worst parameter: {worst}", errors[worst]),
-    ]
+    engine.close()
+    return result.loss, errors

@@ -1,6 +1,8 @@
-"""The truth that layouts are compared with: one process, one row at a time, fp32, plain autograd, torch's AdamW.
+"""The truth that layouts are compared with: one process, one row at a time, fp32, plain autograd,
+torch's AdamW.
 
-No Transformer Engine, no schedule, no exchange, no ZeRO and no packing of work over ranks; only the model's own mathematics.
+No Transformer Engine, no schedule, no exchange, no ZeRO and no packing of work over ranks; only the
+model's own mathematics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ class PlainTrainer:
         assert groups.degrees.tensor == groups.degrees.pipeline == 1, "the reference is never cut"
         self.run, self.device = run, device
         dtype = torch.float32
-        # Not Transformer Engine's layers, on a GPU either: what is compared with them must not share their code.
+        # Not Transformer Engine's layers, on a GPU either: what is compared with them must not
+        # share their code.
         (self.llm,) = build_chunks(run, groups, device=device, dtype=dtype, backend="cpu")
         self.encoder = build_encoder(run, device=device, dtype=dtype)
         frozen = {"llm": self.llm}
@@ -44,7 +47,8 @@ class PlainTrainer:
             frozen[module].requires_grad_(False)
         self.trained = [(name, p) for name, p in self.parameters().items() if p.requires_grad]
         if run.train.precision == "bf16":
-            # A BF16 run starts from weights rounded to BF16; the truth computes in fp32 from the same ones.
+            # A BF16 run starts from weights rounded to BF16; the truth computes in fp32 from the
+            # same ones.
             with torch.no_grad():
                 for parameter in self.parameters().values():
                     parameter.copy_(parameter.bfloat16())
@@ -58,14 +62,16 @@ class PlainTrainer:
         return named | (dict(self.encoder.named_parameters()) if self.encoder is not None else {})
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients by global name after `backward`; zeros where the batch had nothing to learn from."""
+        """Gradients by global name after `backward`; zeros where the batch had nothing to learn
+        from."""
         return {
             name: p.grad.clone() if p.grad is not None else torch.zeros_like(p, dtype=torch.float32)
             for name, p in self.trained
         }
 
     def backward(self, rows: Sequence[MicroBatch], pictures: Mapping[int, torch.Tensor]) -> float:
-        """Accumulate the gradient of the mean loss over all rows' trained tokens; returns that loss.
+        """Accumulate the gradient of the mean loss over all rows' trained tokens; returns that
+        loss.
 
         Args:
             rows: The whole global batch.
