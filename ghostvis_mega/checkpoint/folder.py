@@ -1,0 +1,145 @@
+"""The folder that holds a run's checkpoints: which are complete, which is newest, which go.
+
+A checkpoint is written as `step-00001234.tmp` and renamed when its manifest is on the disk, so a
+directory named `step-00001234` is complete unless somebody damaged it. `latest` names the newest
+for people and scripts; we ourselves look at the manifests.
+"""
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghostvis_mega.checkpoint.manifest import Manifest, read_manifest, size_problem
+from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.files import atomic_write, fsync_directory
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+_COMPLETE = re.compile(r"step-([0-9]{8,})(\.replaced)?")
+_LEFTOVER = re.compile(r"step-[0-9]{8,}(\.replaced)?\.tmp")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One complete checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+
+def open_complete(path: Path) -> Found:
+    """The checkpoint at `path`: its manifest is sound, its files are there in their right sizes.
+
+    Raises:
+        CheckpointError: It is not there, or not complete; names the file.
+    """
+    manifest = read_manifest(path)
+    for name, info in manifest.files.items():
+        if problem := size_problem(path, name, info):
+            raise CheckpointError(problem)
+    return Found(path, manifest)
+
+
+class CheckpointFolder:
+    """All operations are of one process; the first rank calls those that change something."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def directory(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps lies."""
+        return self.path / f"step-{step:08d}"
+
+    def temporary(self, step: int) -> Path:
+        """Where it is while it is written."""
+        return self.path / f"step-{step:08d}.tmp"
+
+    def candidates(self) -> list[Path]:
+        """Directories that should be checkpoints, in order of their step."""
+        if not self.path.is_dir():
+            return []
+        named = [(_COMPLETE.fullmatch(path.name), path) for path in self.path.iterdir()]
+        found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+        return [path for _, path in sorted(found)]
+
+    def complete(self) -> list[Found]:
+        """Complete checkpoints, oldest save first; a damaged one is left out with a warning."""
+        found = []
+        for path in self.candidates():
+            try:
+                found.append(open_complete(path))
+            except CheckpointError as error:
+                log.warning("%s is not used: %s", path.name, error)
+        return sorted(found, key=lambda one: (one.manifest.serial, one.manifest.step))
+
+    def newest(self) -> Path | None:
+        """The checkpoint that was saved last; None if nothing was ever saved here.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none is complete: starting anew would hide
+                that a run was lost.
+        """
+        complete = self.complete()
+        if complete:
+            return complete[-1].path
+        if broken := self.candidates():
+            raise CheckpointError(
+                f"{self.path} holds {len(broken)} checkpoints, but none is complete; the warnings "
+                "above say why. Set checkpoint.resume=none to start anew."
+            )
+        return None
+
+    def begin(self, step: int) -> Path:
+        """An empty directory to write into; what interrupted saves left behind is removed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in self.path.iterdir():
+            if _LEFTOVER.fullmatch(path.name) and path.is_dir():
+                log.info("removing %s, left by an interrupted save", path)
+                shutil.rmtree(path)
+        temporary = self.temporary(step)
+        temporary.mkdir()
+        return temporary
+
+    def next_serial(self) -> int:
+        """One more than the newest complete checkpoint's."""
+        complete = self.complete()
+        return complete[-1].manifest.serial + 1 if complete else 1
+
+    def publish(self, step: int) -> Path:
+        """Give a finished directory its name, then point `latest` to it."""
+        temporary, final = self.temporary(step), self.directory(step)
+        replaced = self.path / f"{final.name}.replaced"
+        if final.exists():
+            # A run that went back to an earlier step comes by a second time. Until the new
+            # checkpoint has its name, the old one counts under another.
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+        fsync_directory(self.path)
+        atomic_write(self.path / LATEST, f"{final.name}\n".encode())
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        return final
+
+    def prune(self, keep: int) -> list[Path]:
+        """Delete all complete checkpoints but the newest `keep`; returns what was deleted.
+
+        One that cannot be deleted stays, with a warning: it costs space but no work.
+        """
+        deleted = []
+        for old in self.complete()[:-keep]:
+            # Renamed first: a half-deleted directory must not look like a checkpoint.
+            temporary = old.path.with_name(f"{old.path.name}.tmp")
+            try:
+                os.replace(old.path, temporary)
+                shutil.rmtree(temporary)
+            except OSError as error:
+                log.warning("%s could not be deleted: %s", old.path, error)
+            else:
+                deleted.append(old.path)
+        return deleted

@@ -1,0 +1,96 @@
+"""Settings that a resumed run must share with the run that saved, and the sentence if it does not.
+
+Learning rates, the number of steps, logging and the like may change between the two.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from ghostvis_mega.engine.step import TrainEngine
+
+ENGINES = ("llm", "vision")
+_NOT_SHAPES = ("preset", "init_std")
+"""Keys of the model's settings that a trained model no longer depends on."""
+
+
+def engine_name(engine: TrainEngine, zero: object) -> str:
+    """Which of `ENGINES` a ZeRO engine is."""
+    return "llm" if zero is engine.parts.llm_engine else "vision"
+
+
+def layout_of(engine: TrainEngine) -> dict[str, JsonValue]:
+    """Values by field name, as JSON gives them back: the model, how it is cut, then the data."""
+    run, degrees = engine.run, engine.groups.degrees
+    stages = {engine_name(engine, zero): zero.stage for zero in engine.engines}
+    fields = dict(_flatten("model", run.model.model_dump(mode="json")))
+    fields |= {
+        "train.precision": run.train.precision,
+        "train.freeze": sorted(run.train.freeze),
+        "parallel.tensor": degrees.tensor,
+        "parallel.pipeline": degrees.pipeline,
+        "parallel.virtual_pipeline": degrees.virtual_pipeline,
+        "parallel.context": degrees.context,
+        "world_size": degrees.world_size,
+        **{f"zero_stage.{name}": stages.get(name) for name in ENGINES},
+        "batch.global_size": run.batch.global_size,
+        "data.seq_length": run.data.seq_length,
+        "data.packing": run.data.packing,
+        "train.seed": run.train.seed,
+    }
+    return json.loads(json.dumps(fields))
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, JsonValue]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        if key not in _NOT_SHAPES:
+            yield from _flatten(f"{prefix}.{key}", inner)
+
+
+def layout_problem(
+    path: Path, *, saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]
+) -> str | None:
+    """One sentence about what differs between a checkpoint and this run; None if it fits.
+
+    Args:
+        path: The checkpoint, for the sentence.
+        saved: Its fields.
+        here: This run's.
+    """
+    absent = "absent"
+    different = [
+        field
+        for field in dict.fromkeys([*here, *saved])
+        if here.get(field, absent) != saved.get(field, absent)
+    ]
+    if not different:
+        return None
+    field = different[0]
+    there, mine = saved.get(field, absent), here.get(field, absent)
+    others = f" (also different: {', '.join(different[1:])})" if different[1:] else ""
+    return (
+        f"{path} does not fit this run: {field} is {_text(there)} in the checkpoint and "
+        f"{_text(mine)} here{others}. "
+        f"{_fix(field, there)}, or checkpoint.resume=none to start anew."
+    )
+
+
+def _text(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _fix(field: str, there: JsonValue) -> str:
+    if field == "world_size":
+        return f"Start {there} processes"
+    if field.startswith("zero_stage."):
+        name = field.removeprefix("zero_stage.")
+        return f"Set deepspeed.{name} to a file with zero_optimization.stage={_text(there)}"
+    if there == "absent":
+        return f"Remove {field}"
+    return f"Set {field}={_text(there)}"

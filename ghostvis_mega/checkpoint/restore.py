@@ -1,0 +1,132 @@
+"""Puts what a checkpoint holds into the model and the optimizers of this rank."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+
+from ghostvis_mega.checkpoint.held import (
+    Held,
+    gather_persistent,
+    held_parameters,
+    optimizer_span,
+    release_gathered,
+    set_optimizer_steps,
+    weight_span,
+)
+from ghostvis_mega.checkpoint.layout import engine_name, layout_of, layout_problem
+from ghostvis_mega.checkpoint.manifest import Kind
+from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.checkpoint.snapshot import parameter_entries, saved_kinds
+from ghostvis_mega.engine.optimizer import module_of
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.model.shards import shard
+
+
+def resume_problems(engine: TrainEngine, reader: CheckpointReader) -> Iterator[str]:
+    """What keeps this rank from resuming, without reading a tensor."""
+    manifest = reader.manifest
+    here = layout_of(engine)
+    if problem := layout_problem(reader.path, saved=manifest.layout, here=here):
+        yield problem
+        return
+    yield from _parameter_problems(engine, reader, set(engine.run.model.modules), same_dtype=True)
+    if reader.random_file(engine.groups.rank) not in manifest.files:
+        yield f"{reader.path} holds no {reader.random_file(engine.groups.rank)}"
+    engines = {engine_name(engine, zero) for zero in engine.engines}
+    if engines != set(manifest.optimizer_steps):
+        yield f"{reader.path} holds no optimizer_steps of {sorted(engines)}"
+    for held in held_parameters(engine):
+        for kind, span in (("weights", weight_span(held)), ("optimizer", optimizer_span(held))):
+            if span is not None and held.name in manifest.parameters:
+                problem = reader.missing(
+                    kind,
+                    held.name,
+                    tensor_rank=held.tensor_rank,
+                    start=span.start,
+                    length=span.length,
+                )
+                if problem:
+                    yield problem
+
+
+def weight_problems(
+    engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]
+) -> Iterator[str]:
+    """What keeps this rank from taking over the weights of `modules`."""
+    yield from _parameter_problems(engine, reader, modules, same_dtype=False)
+
+
+def _parameter_problems(
+    engine: TrainEngine, reader: CheckpointReader, modules: Collection[str], *, same_dtype: bool
+) -> Iterator[str]:
+    for name, mine in parameter_entries(engine).items():
+        if mine["module"] not in modules:
+            continue
+        saved = reader.manifest.parameters.get(name)
+        if saved is None:
+            yield f"{reader.path} does not hold {name}, which this model has"
+        elif saved.shape != mine["shape"]:
+            yield (
+                f"{reader.path}: {name} has shape {saved.shape} in the checkpoint and "
+                f"{mine['shape']} here: the model settings differ"
+            )
+        elif same_dtype and saved.dtype != mine["dtype"]:
+            yield f"{reader.path}: {name} is {saved.dtype} in the checkpoint, {mine['dtype']} here"
+
+
+@torch.no_grad()
+def restore(engine: TrainEngine, reader: CheckpointReader) -> None:
+    """Weights, masters, moments and update counts of this rank, each element exactly as saved."""
+    for zero in engine.engines:
+        release_gathered(zero)
+    for held in held_parameters(engine):
+        if (span := weight_span(held)) is not None:
+            span.tensors["weight"].copy_(_read(reader, "weights", held, span.start, span.length))
+        _restore_optimizer(reader, held)
+    for zero in engine.engines:
+        set_optimizer_steps(zero, reader.manifest.optimizer_steps[engine_name(engine, zero)])
+        gather_persistent(zero)
+
+
+def _restore_optimizer(reader: CheckpointReader, held: Held) -> None:
+    span = optimizer_span(held)
+    if span is None:
+        return
+    kinds = saved_kinds(held)
+    for kind in kinds:
+        value = _read(reader, "optimizer", held, span.start, span.length, prefix=f"{kind}/")
+        span.tensors[kind].copy_(value)
+    if "master" not in kinds:
+        span.tensors["master"].copy_(_read(reader, "weights", held, span.start, span.length))
+
+
+def _read(
+    reader: CheckpointReader, kind: Kind, held: Held, start: int, length: int, prefix: str = ""
+) -> torch.Tensor:
+    return reader.read(
+        kind, held.name, tensor_rank=held.tensor_rank, start=start, length=length, prefix=prefix
+    )
+
+
+@torch.no_grad()
+def restore_weights(
+    engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]
+) -> None:
+    """Weights of `modules` alone, from a checkpoint of any layout; masters follow the weights."""
+    gated = engine.run.model.llm.activation == "swiglu"
+    for zero in engine.engines:
+        release_gathered(zero)
+    for held in held_parameters(engine):
+        span = weight_span(held)
+        if span is None or module_of(held.name) not in modules:
+            continue
+        whole = reader.weight(held.name)
+        if held.cut:
+            size = engine.groups.degrees.tensor
+            whole = shard(whole, held.name, size=size, rank=held.tensor_rank, gated=gated)
+        part = whole.reshape(-1)[span.start : span.start + span.length]
+        span.tensors["weight"].copy_(part)
+    for zero in engine.engines:
+        if zero.stage > 0:
+            zero.optimizer.refresh_fp32_params()
+        gather_persistent(zero)

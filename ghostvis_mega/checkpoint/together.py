@@ -1,0 +1,39 @@
+"""Actions that all ranks carry out, or all ranks report as failed."""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from ghostvis_mega.utils.errors import CheckpointError
+
+
+def on_every_rank[T](action: Callable[[], T]) -> list[T]:
+    """Run `action` on all ranks and return all results, by rank; collective.
+
+    Without a process group there is one rank.
+
+    Raises:
+        CheckpointError: It failed on some rank; raised on all of them, so that none waits for one
+            that is gone.
+    """
+    if not dist.is_initialized():
+        return [action()]
+    result: T | None = None
+    failure: str | None = None
+    try:
+        result = action()
+    except (OSError, CheckpointError) as error:
+        failure = str(error)
+    outcomes: list[tuple[T | None, str | None] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, failure))
+    failures = {rank: o[1] for rank, o in enumerate(outcomes) if o is not None and o[1] is not None}
+    if failures:
+        # Ranks that share a cause say the same.
+        raise CheckpointError("; ".join(dict.fromkeys(failures.values())))
+    return [outcome[0] for outcome in outcomes]
+
+
+def on_first_rank[T](action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; all ranks get its result or its failure; collective."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return on_every_rank(lambda: action() if first else None)[0]

@@ -1,0 +1,87 @@
+"""2 steps, save, load into a new engine, 2 steps equals 4 steps: not one bit differs.
+
+Four gloo ranks go through all layouts in one launch; each test looks at one of their results.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import launch
+
+pytestmark = pytest.mark.world_size(4)
+
+LAYOUTS = [
+    "dp4 zero1",
+    "tp2sp pp2 zero1",
+    "pp2 interleaved zero2",
+    "dp4 zero3, vision zero2",
+    "tp2 zero0",
+    "pp2 frozen llm",
+    "pp2 frozen tower, untied",
+    "tp2sp bf16 zero2",
+    "dp4 bf16 zero3, vision zero2",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    worker = Path(__file__).with_name("worker.py")
+    return launch(worker, ranks=4, timeout_s=240, folder=tmp_path_factory.mktemp("resume"))
+
+
+def test_every_layout_was_run(results: dict[str, Any]):
+    assert set(LAYOUTS) <= set(results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_is_the_same_run(results: dict[str, Any], layout: str):
+    ranks = results[layout]
+    assert len(ranks) == 4
+    for rank in ranks:
+        assert rank["path"]
+        assert rank["state"] == [2, 16, {"note": layout}]
+        assert rank["after_load"] == []
+        assert rank["buffers_agree"]
+        assert rank["draws"]
+        assert rank["at_end"] == []
+        uninterrupted, resumed = rank["losses"]
+        assert resumed == uninterrupted
+
+
+@pytest.mark.parametrize("layout", ["dp4 zero1", "tp2sp bf16 zero2"])
+def test_forgetting_any_part_of_the_optimizer_is_noticed(results: dict[str, Any], layout: str):
+    noticed = dict(results[layout][0]["controls"])
+    assert noticed.pop("nothing") is False
+    assert len(noticed) >= 2
+    assert all(noticed.values()), noticed
+
+
+def test_one_flipped_byte_is_refused_on_all_ranks_before_it_is_used(results: dict[str, Any]):
+    damage = results["damage"]
+    assert len(set(damage["flipped"])) == 1
+    assert damage["flipped"][0].startswith(f"{damage['file']} is damaged: its sha256 is ")
+    assert damage["unchanged"] == [[], [], [], []]
+
+
+def test_another_layout_is_refused_on_all_ranks(results: dict[str, Any]):
+    (refusal,) = set(results["damage"]["layout"])
+    assert "parallel.tensor is 2 in the checkpoint and 1 here" in refusal
+
+
+def test_a_failed_save_fails_on_all_ranks(results: dict[str, Any]):
+    (refusal,) = set(results["damage"]["write"])
+    assert refusal.startswith("the checkpoint after step 1 could not be saved: ")
+    assert "blocked" in refusal
+
+
+def test_weights_alone_go_to_any_layout_and_back(results: dict[str, Any]):
+    moved = results["weights alone"]
+    assert moved["taken"] == [["llm", "vision", "projector"], ["llm"]]
+    assert moved["partial"] == []
+    assert moved["differing"] == [[], [], [], []]
+    assert moved["buffers_agree"]
+    assert not moved["moments"]
+    cut, whole = moved["losses"]
+    assert cut == pytest.approx(whole, rel=1e-5)
