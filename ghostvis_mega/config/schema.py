@@ -133,7 +133,7 @@ class DataConfig(Section):
     packing: bool = True
     """True: samples share a sequence, apart in attention and positions; False: one a row."""
     augment: bool = False
-    """Random flips and shifts of the pictures, a function of (seed, epoch, image) alone."""
+    """Random mirroring and shifts of the pictures, a function of (seed, epoch, image) alone."""
     num_workers: NonNegative = 0
 
 

@@ -14,7 +14,7 @@ def load_image(data: bytes, *, image_size: int, augment_seed: int | None) -> tor
 
     Args:
         image_size: side of the square result; the picture is resized with its aspect given up.
-        augment_seed: random flips and shift of that seed; None changes nothing.
+        augment_seed: random mirroring and shift of that seed; None changes nothing.
 
     Returns:
         uint8 [3, image_size, image_size]; normalisation belongs to the model.
@@ -29,14 +29,15 @@ def load_image(data: bytes, *, image_size: int, augment_seed: int | None) -> tor
 
 
 def _augment(pixels_HWC: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Flip each way with probability 1/2 and shift, repeating the edge."""
-    flip_x, flip_y = generator.integers(0, 2, size=2)
+    """Mirror left and right with probability 1/2 and shift, repeating the edge.
+
+    Never upside down: what stands upright is part of what things look like.
+    """
+    flip_x = generator.integers(0, 2)
     reach = int(pixels_HWC.shape[0] * _LARGEST_SHIFT)
     shift_y, shift_x = generator.integers(-reach, reach + 1, size=2)
     if flip_x:
         pixels_HWC = pixels_HWC[:, ::-1]
-    if flip_y:
-        pixels_HWC = pixels_HWC[::-1]
     side = pixels_HWC.shape[0]
     rows = np.clip(np.arange(side) - shift_y, 0, side - 1)
     columns = np.clip(np.arange(side) - shift_x, 0, side - 1)

@@ -186,20 +186,15 @@ def test_augmentation_is_a_function_of_its_seed() -> None:
     assert len({bytes(pixels.numpy().tobytes()) for pixels in [plain, *seeds]}) > 10
 
 
-def test_augmentation_only_flips_and_shifts() -> None:
-    """The middle of the picture survives somewhere, turned at most by flips."""
+def test_augmentation_only_mirrors_and_shifts() -> None:
+    """The middle of the picture survives somewhere, mirrored at most and never upside down."""
     picture = np.asarray(_noise(32, 32)).transpose(2, 0, 1)
     data = _encode(_noise(32, 32), "PNG")
     for seed in range(8):
         found = load_image(data, image_size=32, augment_seed=seed).numpy()
         candidates = [
             np.roll(flipped, (dy, dx), axis=(1, 2))[:, 4:28, 4:28]
-            for flipped in (
-                picture,
-                picture[:, ::-1],
-                picture[:, :, ::-1],
-                picture[:, ::-1, ::-1],
-            )
+            for flipped in (picture, picture[:, :, ::-1])
             for dy in range(-4, 5)
             for dx in range(-4, 5)
         ]
