@@ -28,7 +28,7 @@ LAYOUTS = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     worker = Path(__file__).with_name("worker.py")
-    return launch(worker, ranks=4, timeout_s=240, folder=tmp_path_factory.mktemp("resume"))
+    return launch(worker, ranks=4, timeout_s=270, folder=tmp_path_factory.mktemp("resume"))
 
 
 def test_every_layout_was_run(results: dict[str, Any]):

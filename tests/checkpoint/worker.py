@@ -131,6 +131,14 @@ class Ranks:
         return gathered
 
 
+def spoil(engine: TrainEngine) -> None:
+    """Change every weight: a frozen one would be right by its seed alone."""
+    encoder = engine.parts.encoder
+    for module in (*engine.parts.chunks, encoder):
+        for parameter in module.parameters():
+            parameter.data.add_(1.0)
+
+
 def draws() -> list[float]:
     """One number from each generator."""
     return [random.random(), float(np.random.normal()), float(torch.rand(()))]
@@ -154,6 +162,7 @@ def resume(ranks: Ranks, layout: Layout) -> None:
     del engine
 
     engine = ranks.engine(run, groups)
+    spoil(engine)
     found = store.find("auto")
     state = store.load(found, engine)
     loaded = differing(saved, raw_state(engine))
