@@ -72,27 +72,29 @@ _NANOCHAT_ORIGINAL: Settings = {
 }
 
 _TINY_LLM: Settings = {
-    "num_layers": 4,
-    "hidden_size": 192,
-    "num_heads": 6,
+    "num_layers": 2,
+    "hidden_size": 128,
+    "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 32,
-    "ffn_hidden_size": 512,
+    "ffn_hidden_size": 384,
     "vocab_size": 512,
     "max_positions": 512,
     # Trained from scratch on short sequences: the classic base, not Qwen2.5's.
     "rope_base": 10_000.0,
     "tied_embeddings": True,
+    # Narrow layers want larger initial weights than the usual 0.02 to learn shapes at all.
+    "init_std": 0.05,
 }
-
 _TINY_TOWER: Settings = {
     "kind": "siglip",
-    "num_layers": 4,
+    "num_layers": 2,
     "hidden_size": 128,
     "num_heads": 4,
-    "ffn_hidden_size": 512,
+    "ffn_hidden_size": 384,
     "image_size": 64,
     "patch_size": 8,
+    "init_std": 0.07,
 }
 
 TOWER_PRESETS: dict[str, Settings] = {
@@ -156,7 +158,7 @@ MODEL_PRESETS: dict[str, Settings] = {
     "vlm_tiny": {
         "llm": _TINY_LLM,
         "vision": _TINY_TOWER,
-        "connector": {**_CONNECTOR, "tokens_per_image": 16, "num_heads": 4},
+        "connector": {"kind": "avgpool_mlp", "tokens_per_image": 16, "init_std": 0.08},
     },
     "qwen25_small": {"llm": _QWEN25_SMALL},
     "qwen25_1_5b": {"llm": _QWEN25_1_5B},

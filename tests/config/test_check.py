@@ -46,7 +46,7 @@ def test_a_wrong_run_gives_one_report_and_exit_code_2(run_file):
     expected = [
         "Did you mean data.packing?",
         "train.steps=0",
-        "does not divide model.llm.num_heads=6",
+        "does not divide model.llm.num_kv_heads=2",
         "model.vision.image_size=60",
         "hangs for the vision engine",
         "data.train: datasets/nowhere.gvd is not a directory",
@@ -70,7 +70,7 @@ def test_the_plan_as_json(run_file):
     plan = json.loads(done.stdout)
     assert plan["ok"] and plan["layout"]["data"] == 2
     assert plan["batch"]["micro_batches"] == 8
-    assert plan["trained"] == ["llm", "resampler", "projector"]
+    assert plan["trained"] == ["llm", "projector"]
     assert plan["zero_stages"] == {"llm": 1, "vision": 1}
     done, _ = run_check(run_file, "train.freeze=[vison]", "--json")
     answer = json.loads(done.stdout)

@@ -28,14 +28,14 @@ def good(tmp_path: Path) -> Path:
 
 def test_values_come_from_preset_file_and_override_in_this_order(good: Path):
     run = load_run_config(
-        good, ["model.llm.num_layers=2", "optim.lr.llm=3e-4", "log.preview_steps=[1, 5]"]
+        good, ["model.llm.num_layers=8", "optim.lr.llm=3e-4", "log.preview_steps=[1, 5]"]
     )
-    assert run.model.llm.num_layers == 2
+    assert run.model.llm.num_layers == 8
     assert run.model.llm.hidden_size == MODEL_PRESETS["vlm_tiny"]["llm"]["hidden_size"]
     assert run.optim.lr.llm == 3e-4
     assert run.log.preview_steps == (1, 5)
     assert run.data.train == Path("datasets/a.gvd"), "relative to the working directory"
-    assert MODEL_PRESETS["vlm_tiny"]["llm"]["num_layers"] == 4, "the preset itself is not touched"
+    assert MODEL_PRESETS["vlm_tiny"]["llm"]["num_layers"] == 2, "the preset itself is not touched"
 
 
 def test_a_preset_can_be_replaced_and_emptied_from_the_command_line(good: Path):

@@ -11,8 +11,8 @@ GOOD = [
     ([], 1),
     ([], 4),
     (["parallel.tensor=2"], 4),
-    (["parallel.pipeline=4"], 4),
-    ([*INTERLEAVED], 4),
+    (["parallel.pipeline=4", "model.llm.num_layers=4"], 4),
+    ([*INTERLEAVED, "model.llm.num_layers=4"], 4),
     (["data.packing=false", "batch.micro_size=4"], 4),
     (["train.precision=bf16"], 1),
     (["train.freeze=[llm, vision]"], 2),
@@ -38,7 +38,7 @@ def test_presets_are_right_on_a_node(make_run, preset):
 # overrides, processes, the field the sentence names, the fix it offers
 WRONG = {
     "heads not shared evenly": (
-        ["model.llm.num_kv_heads=4"],
+        ["model.llm.num_heads=6", "model.llm.num_kv_heads=4"],
         1,
         "model.llm.num_kv_heads=4 does not divide model.llm.num_heads=6",
         "Use 1, 2, 3 or 6",
@@ -50,13 +50,13 @@ WRONG = {
         ["model.vision.feature_layer=-9"],
         1,
         "model.vision.feature_layer=-9",
-        "Use -1 (last) to -4",
+        "Use -1 (last) to -2",
     ),
     "feature layer from the start": (
         ["model.vision.feature_layer=2"],
         1,
         "model.vision.feature_layer=2",
-        "Use -1 (last) to -4",
+        "Use -1 (last) to -2",
     ),
     "post norm of an inner layer": (
         ["model.vision.post_norm=true", "model.vision.feature_layer=-2"],
@@ -91,7 +91,7 @@ WRONG = {
         "Use 1, 4, 16 or 64",
     ),
     "perceiver heads": (
-        ["model.connector.num_heads=3"],
+        ["model.connector.kind=perceiver_mlp", "model.connector.num_heads=3"],
         1,
         "model.connector.num_heads=3",
         "Use one of 1, 2, 4",
@@ -112,7 +112,7 @@ WRONG = {
         "Set virtual_pipeline: 1",
     ),
     "tensor and heads": (
-        ["parallel.tensor=4"],
+        ["parallel.tensor=4", "model.llm.num_heads=6"],
         4,
         "parallel.tensor=4 does not divide model.llm.num_heads=6",
         "Use 1 or 2",
@@ -142,13 +142,13 @@ WRONG = {
         "Use 256",
     ),
     "layers": (
-        ["parallel.pipeline=3"],
+        ["parallel.pipeline=3", "model.llm.num_layers=4"],
         3,
         "parallel.pipeline=3 does not divide model.llm.num_layers=4",
         "1, 2 or 4",
     ),
     "layers of chunks": (
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=4", "model.llm.num_layers=4"],
         2,
         "parallel.virtual_pipeline=4 does not divide model.llm.num_layers=4",
         "1, 2 or 4",
@@ -231,7 +231,12 @@ def test_held_out_data_must_be_other_data(make_run):
 
 
 def test_all_problems_come_at_once_and_once_each(make_run):
-    run = make_run("parallel.tensor=4", "model.vision.image_size=60", "optim.warmup_steps=200")
+    run = make_run(
+        "parallel.tensor=4",
+        "model.llm.num_heads=6",
+        "model.vision.image_size=60",
+        "optim.warmup_steps=200",
+    )
     found = find_problems(run, world_size=4, device="cpu")
     assert len(found) == 4 and len(set(found)) == 4
 
