@@ -215,6 +215,8 @@ class CheckpointConfig(Section):
 
     save_every: NonNegative = 0
     """Steps between saves; 0 saves at the end only."""
+    save_at_end: bool = True
+    """False for runs whose weights nobody needs, such as timings."""
     keep: Positive = 2
     resume: str = "auto"
     """`auto`: this run's newest checkpoint, if any; `none`: start anew; else a path."""

@@ -54,11 +54,18 @@ class Loop:
             loss = result.loss
             done = step + 1
             self.preview(done)
-            every = settings.checkpoint.save_every
-            if done == settings.train.steps or (every and done % every == 0):
+            if self.save_is_due(done):
                 self.watchdog.alive(f"the save after step {done}")
                 self.save(done)
         return loss
+
+    def save_is_due(self, done: int) -> bool:
+        """Whether the settings ask for a checkpoint after `done` steps."""
+        settings = self.engine.run
+        if done == settings.train.steps:
+            return settings.checkpoint.save_at_end
+        every = settings.checkpoint.save_every
+        return every > 0 and done % every == 0
 
     def preview(self, done: int) -> None:
         """Show held-out answers where the settings ask for them after `done` steps."""
