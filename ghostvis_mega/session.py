@@ -57,7 +57,6 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=run.train.timeout_s),
-        device_id=device if device.type == "cuda" else None,
         # Started without a launcher there is nobody to meet.
         **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
     )
