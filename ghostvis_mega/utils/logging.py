@@ -82,6 +82,10 @@ def setup_logging(*, rank: int, verbose: bool = False, stream: TextIO | None = N
     logging.captureWarnings(True)
     for message, category, module in CHATTER:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    # Once imported, DeepSpeed's logger has a handler of its own; one handler decides, and it is ours.
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.handlers.clear()
+    deepspeed.propagate = True
     _quieten("DeepSpeed", others)
     # Says on every import, on machines without a GPU, that there is no GPU.
     _quieten("torch.utils.cpp_extension", logging.ERROR)
