@@ -82,7 +82,7 @@ def setup_logging(*, rank: int, verbose: bool = False, stream: TextIO | None = N
     logging.captureWarnings(True)
     for message, category, module in CHATTER:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
-    # Once imported, DeepSpeed's logger has a handler of its own; one handler decides, and it is ours.
+    # Once imported, DeepSpeed's logger has a handler of its own; only ours decides.
     deepspeed = logging.getLogger("DeepSpeed")
     deepspeed.handlers.clear()
     deepspeed.propagate = True
