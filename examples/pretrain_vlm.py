@@ -1,8 +1,9 @@
 """Train a vision-language model: one script for a laptop's CPU and for many GPUs.
 
-deepspeed --num_accelerators 2 examples/pretrain_vlm.py --config
-examples/configs/vlm_tiny_easyvqa.yaml torchrun --nproc-per-node 4 examples/pretrain_vlm.py --config
-RUN.yaml parallel.tensor=2 train.steps=100 python examples/pretrain_vlm.py --config RUN.yaml
+Examples:
+    deepspeed --num_accelerators 2 examples/pretrain_vlm.py --config RUN.yaml
+    torchrun --nproc-per-node 4 examples/pretrain_vlm.py --config RUN.yaml parallel.tensor=2
+    python examples/pretrain_vlm.py --config RUN.yaml train.steps=100
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 import time
 
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.errors import ConfigError, GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
 
 
@@ -37,10 +38,14 @@ def main() -> int:
 
         with open_world(run, device=local_device(run)) as world:
             Training(run, world, started=started).execute()
-    except GhostVisError as error:
+    except ConfigError as error:
+        # All ranks find the same problems; one report is enough.
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
+    except GhostVisError as error:
+        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

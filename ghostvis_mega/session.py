@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from ghostvis_mega.checkpoint.store import CheckpointStore
+from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.inspect import owned_parameters
@@ -66,8 +66,10 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
         yield World(groups=groups, device=device, watchdog=watchdog)
     finally:
         watchdog.close()
-        destroy_groups()
-        dist.destroy_process_group()
+    # Not after an error: other ranks may still wait in a collective, and taking the groups down
+    # would wait for them. The process ends, and its launcher ends the others.
+    destroy_groups()
+    dist.destroy_process_group()
 
 
 def local_device(run: RunConfig) -> torch.device:
@@ -97,6 +99,8 @@ class Training:
         store = CheckpointStore(run.log.output / "checkpoints", keep=run.checkpoint.keep)
         found = store.find(run.checkpoint.resume)
         start = store.load(found, engine).step if found is not None else 0
+        if found is None and run.checkpoint.weights is not None:
+            load_weights(run.checkpoint.weights, engine)
         observers = make_observers(run.log, rank=groups.rank)
         feed = Feed(run, groups, train)
         previewer = None

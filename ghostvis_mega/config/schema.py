@@ -220,6 +220,8 @@ class CheckpointConfig(Section):
     keep: Positive = 2
     resume: str = "auto"
     """`auto`: this run's newest checkpoint, if any; `none`: start anew; else a path."""
+    weights: Path | None = None
+    """Checkpoint of another run, of any layout, whose weights a new run begins with."""
 
 
 class LogConfig(Section):

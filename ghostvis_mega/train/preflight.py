@@ -172,6 +172,12 @@ def _output_problems(cfg: RunConfig) -> list[str]:
         problems.append(
             f"checkpoint.resume={resume} does not exist. Use a checkpoint's path, auto or none."
         )
+    weights = cfg.checkpoint.weights
+    if weights is not None and not (weights / "manifest.json").is_file():
+        problems.append(
+            f"checkpoint.weights={weights} is no checkpoint: it has no manifest.json. Name one "
+            "such as runs/NAME/checkpoints/step-00001000, or remove it."
+        )
     wanted = {"tensorboard": cfg.log.tensorboard, "wandb": cfg.log.wandb != "disabled"}
     for package, on in wanted.items():
         if on and importlib.util.find_spec(package) is None:
