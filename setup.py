@@ -27,7 +27,7 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]", "flash-attn", "liger-kernel"],
+    "gpu": ["transformer-engine[pytorch]"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "demo": ["easy-vqa"],
