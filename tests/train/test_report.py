@@ -14,12 +14,12 @@ import pytest
 
 from ghostvis_mega.train.observers import JsonLines, Preview
 from ghostvis_mega.train.report import HtmlReport
-from ghostvis_mega.train.report.cards import picture_type
 from ghostvis_mega.train.report.charts import Chart, Series, draw_chart
 from ghostvis_mega.train.report.curves import centred_mean, short_si
 from ghostvis_mega.train.report.page import ReportData, render_page
-from ghostvis_mega.train.report.scales import buckets, linear_ticks, log_ticks, step_ticks
 from ghostvis_mega.train.report.timing import mean_timing
+from ghostvis_mega.utils.html.pictures import picture_type
+from ghostvis_mega.utils.html.scales import buckets, linear_ticks, log_ticks, step_ticks
 from tests.train.samples import make_png, make_preview, make_run, make_step
 
 HOSTILE = """</p></script><script>alert(1)</script>"'><img src=x onerror=alert(2)>"""

@@ -1,15 +1,11 @@
 """Previews as cards: the picture, the question, what the model answered and the truth."""
 
-import base64
 import html
 import struct
 
 from ghostvis_mega.train.observers.base import Preview
+from ghostvis_mega.utils.html.pictures import data_uri, picture_type
 
-_SIGNATURES = (
-    (b"\x89PNG\r\n\x1a\n", "image/png"),
-    (b"\xff\xd8\xff", "image/jpeg"),
-)
 _PICTURE_PX = 200
 """Small pictures are enlarged by a whole factor up to this width, so that pixels stay even."""
 
@@ -46,27 +42,11 @@ def _card(preview: Preview) -> str:
 
 
 def _picture(data: bytes) -> str:
-    kind = picture_type(data)
     size = ""
-    if kind == "image/png":
+    if picture_type(data) == "image/png":
         # IHDR is always the first chunk: width and height stand at a fixed place.
         width, height = struct.unpack(">II", data[16:24])
         if 0 < width <= _PICTURE_PX // 2:
             factor = _PICTURE_PX // width
             size = f' class="tiny" width="{width * factor}" height="{height * factor}"'
-    encoded = base64.b64encode(data).decode("ascii")
-    return f'<img{size} alt="" src="data:{kind};base64,{encoded}">'
-
-
-def picture_type(data: bytes) -> str:
-    """Media type of an encoded picture.
-
-    Raises:
-        ValueError: neither PNG, JPEG nor WebP.
-    """
-    for signature, kind in _SIGNATURES:
-        if data.startswith(signature):
-            return kind
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    raise ValueError("a preview's picture is neither PNG, JPEG nor WebP")
+    return f'<img{size} alt="" src="{data_uri(data)}">'

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ghostvis_mega.train.report.scales import (
+from ghostvis_mega.utils.html.scales import (
     Bucket,
     buckets,
     linear_ticks,

@@ -1,12 +1,9 @@
 """The report page: every text is escaped, here or in the parts, and nothing outside is loaded."""
 
-import base64
-import hashlib
 import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 from ghostvis_mega.train.metrics import StepMetrics
@@ -17,6 +14,8 @@ from ghostvis_mega.train.report.curves import run_charts
 from ghostvis_mega.train.report.tiles import draw_tiles
 from ghostvis_mega.train.report.timing import draw_timing
 from ghostvis_mega.utils.format import si
+from ghostvis_mega.utils.html import page as html_page
+from ghostvis_mega.utils.html.page import section
 
 
 @dataclass
@@ -31,39 +30,21 @@ class ReportData:
 
 def render_page(data: ReportData) -> str:
     """The whole page as one HTML text without any reference to another file."""
-    script = _resource("hover.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    # Should an escape ever be missed, the browser still runs no script but ours and loads nothing.
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
-    title = html.escape(data.run.get("name", "run"))
     sections = [
         _header(data),
         draw_tiles(data.run, data.steps, data.summary),
-        _section("Curves", _charts(data.steps)),
-        _section("Where the time of a step goes", draw_timing(data.steps)),
-        _section("What the model answers", draw_previews(data.previews)),
-        _section("Settings", _tables(data.run.get("settings", {}))),
-        _section("Versions", _versions(data.run.get("versions", {}))),
+        section("Curves", _charts(data.steps)),
+        section("Where the time of a step goes", draw_timing(data.steps)),
+        section("What the model answers", draw_previews(data.previews)),
+        section("Settings", _tables(data.run.get("settings", {}))),
+        section("Versions", _versions(data.run.get("versions", {}))),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title} - GhostVis-Mega</title><style>{_resource('style.css')}</style></head>"
-        f"<body><main>{''.join(sections)}</main><script>{script}</script></body></html>\n"
+    return html_page.render_page(
+        title=data.run.get("name", "run"),
+        body="".join(sections),
+        style=html_page.read_resource(__package__, "style.css"),
+        script=html_page.read_resource(__package__, "hover.js"),
     )
-
-
-def _resource(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
 
 
 def _charts(steps: list[StepMetrics]) -> str:

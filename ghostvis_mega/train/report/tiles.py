@@ -1,11 +1,11 @@
 """The numbers one wants first, as tiles."""
 
-import html
 import math
 
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import RunInfo, Summary, step_mfu
 from ghostvis_mega.utils.format import duration, percent, si
+from ghostvis_mega.utils.html.page import tile
 
 
 def draw_tiles(run: RunInfo, steps: list[StepMetrics], summary: Summary | None) -> str:
@@ -16,20 +16,12 @@ def draw_tiles(run: RunInfo, steps: list[StepMetrics], summary: Summary | None) 
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _tile(label: str, value: str, below: str, *, css: str = "", extra: str = "") -> str:
-    return (
-        f'<div class="tile {css}"><p class="label">{html.escape(label)}</p>'
-        f'<p class="value">{html.escape(value)}</p>{extra}'
-        f'<p class="below">{html.escape(below)}</p></div>'
-    )
-
-
 def _accuracy(summary: Summary | None) -> str:
     label = "Held-out accuracy"
     if summary is None:
-        return _tile(label, "-", "measured at the end, if asked for", css="main")
+        return tile(label, "-", "measured at the end, if asked for", css="main")
     if "heldout_accuracy" not in summary:
-        return _tile(label, "-", "not measured in this run", css="main")
+        return tile(label, "-", "not measured in this run", css="main")
     accuracy = summary["heldout_accuracy"]
     ceiling = summary.get("question_only_accuracy")
     below, marker = "", ""
@@ -39,7 +31,7 @@ def _accuracy(summary: Summary | None) -> str:
     if "num_questions" in summary:
         below = " · ".join([*([below] if below else []), f"{summary['num_questions']:,} asked"])
     meter = f'<div class="meter"><i style="width:{100 * accuracy:.2f}%"></i>{marker}</div>'
-    return _tile(label, percent(accuracy), below, css="main", extra=meter)
+    return tile(label, percent(accuracy), below, css="main", extra=meter)
 
 
 def _loss(steps: list[StepMetrics]) -> str:
@@ -47,7 +39,7 @@ def _loss(steps: list[StepMetrics]) -> str:
     recent = [m.loss for m in steps[-max(1, min(20, len(steps) // 10)) :]]
     finite = [loss for loss in recent if math.isfinite(loss)]
     last = math.fsum(finite) / len(finite) if finite else math.nan
-    return _tile(
+    return tile(
         "Loss", _loss_text(last), f"from {_loss_text(steps[0].loss)} at step {steps[0].step}"
     )
 
@@ -63,16 +55,16 @@ def _speed(run: RunInfo, steps: list[StepMetrics]) -> str:
     rates = [rate for m in counted if (rate := step_mfu(m, run)) is not None]
     if rates:
         below += f" · MFU {percent(sum(rates) / len(rates))}"
-    return _tile("Useful tokens/s", si(sum(m.tokens for m in counted) / seconds), below)
+    return tile("Useful tokens/s", si(sum(m.tokens for m in counted) / seconds), below)
 
 
 def _time(steps: list[StepMetrics], summary: Summary) -> str:
     stepping = sum(m.seconds for m in steps)
     below = f"{len(steps)} steps of {duration(stepping / len(steps))}"
-    return _tile("Time", duration(summary.get("seconds", stepping)), below)
+    return tile("Time", duration(summary.get("seconds", stepping)), below)
 
 
 def _seen(steps: list[StepMetrics]) -> str:
     tokens = sum(m.tokens for m in steps)
     below = f"{si(sum(m.images for m in steps))} images"
-    return _tile("Tokens seen", si(tokens), below)
+    return tile("Tokens seen", si(tokens), below)

@@ -1,0 +1,1 @@
+"""Self-contained pages: the shell that loads nothing from outside, a style, drawing helpers."""
