@@ -1,7 +1,6 @@
 """The batches of one dataset are pinned: another order would change trainings that resume."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.perf.synthetic_data import write_synthetic
 
 SHA256 = {
-    (True, 1): "?",
-    (True, 4): "?",
-    (False, 2): "?",
+    (True, 1): "852225182bc6ef6343a0915ee3232d20b0eaafc5a37e7fd943a1b36b60baf846",
+    (True, 4): "3b1e696057e6b33f4caab2db67ca498b06ae16d9df03fc3b07a16ce5686e87e5",
+    (False, 2): "3c0c6641368c471beb8a9d6110a4350e5f339ec9235a08a2caea55f308ed8593",
 }
 
 
