@@ -23,6 +23,7 @@ from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError, GhostVisError
+from tools.preprocess import operations
 
 BAD_INPUT = 2
 FOUND_PROBLEMS = 1
@@ -242,6 +243,9 @@ def verify_command(
         print("\n".join(problems) if problems else f"{dataset}: every byte is as written")
     if problems:
         raise typer.Exit(FOUND_PROBLEMS)
+
+
+operations.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Datasets from datasets: merge, split, sample and dedupe, all through one writer."""
