@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train.gvd` and `test.gvd`: real pictures and questions, a few of easy-vqa."""
+    from ghostvis_mega.data.ingest import Source, ingest
+    from ghostvis_mega.data.readers.easy_vqa import easy_vqa_rows, easy_vqa_text
+    from ghostvis_mega.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("easy-vqa")
+    tokenizer = train_tokenizer(
+        (*easy_vqa_text("train"), "system", "user", "assistant", "tool"),
+        vocab_size=512,
+        path=folder / "tokenizer.model",
+    )
+    for split, count in (("train", 24), ("test", 12)):
+        # Every fourth row: some pictures are asked about twice, and none more often.
+        rows = islice(easy_vqa_rows(split), 0, 4 * count, 4)
+        ingest([Source(split, rows)], tokenizer=tokenizer, path=folder / f"{split}.gvd")
+    return folder

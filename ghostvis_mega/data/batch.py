@@ -58,11 +58,19 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The sequences of one optimizer step: replicas[data-parallel rank][micro-batch][row]."""
+    """The sequences of one optimizer step: replicas[data-parallel rank][micro-batch][row].
+
+    `epochs` has one entry a dataset: the epoch of its next sequence when the step begins.
+    """
 
     step: int
-    epoch: int
+    epochs: tuple[int, ...]
     replicas: tuple[tuple[tuple[SequenceMeta, ...], ...], ...]
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the first dataset."""
+        return self.epochs[0]
 
     @cached_property
     def sequences(self) -> tuple[SequenceMeta, ...]:

@@ -143,7 +143,8 @@ class Dataset:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens, from the copy inside the dataset."""
-        return Tokenizer.load(self.path / self.manifest.tokenizer.file)
+        info = self.manifest.tokenizer
+        return Tokenizer.load(self.path / info.file, info=info)
 
     # --- samples
 
@@ -243,6 +244,14 @@ class Dataset:
             image_ids=refs["image_id"].astype(np.int64),
             image_positions=positions,
         )
+
+    def crc_problem(self, index: int) -> str | None:
+        """What is wrong with the stored bytes of a sample, or None."""
+        try:
+            self._check_crc(np.array([index]), self._samples[[index]])
+        except DataError as error:
+            return str(error)
+        return None
 
     def _check_crc(self, indices: np.ndarray, records: np.ndarray) -> None:
         # Byte views: slicing a memoryview costs a third of slicing a structured array.

@@ -75,6 +75,7 @@ class Role(IntEnum):
     TOOL = 3
     IMAGE = 4
     EOS = 5
+    TEXT = 6
 
 
 class ImageFormat(IntEnum):

@@ -53,7 +53,7 @@ class Counts(_Part):
 class TokenizerInfo(_Part):
     """The tokenizer that made the tokens; `file` is relative to the dataset."""
 
-    kind: Literal["sentencepiece"]
+    kind: Literal["sentencepiece", "tokenizer.json", "tiktoken"]
     file: str
     sha256: str
     vocab_size: int = Field(ge=1)

@@ -1,23 +1,33 @@
-"""ChatML: a conversation becomes tokens and spans; the loss mask comes from the spans.
+"""Chat templates: a conversation becomes tokens and spans; the loss mask comes from the spans.
+
+ChatML, for example:
 
     <|im_start|>user\\n<|image|>What is it?<|im_end|>\\n<|im_start|>assistant\\nA cat.<|im_end|>\\n
 
 Spans are taken while encoding, piece by piece, so the mask cannot drift from the text: trained is
-exactly the assistant's text and the end token after it.
+exactly the assistant's text and the end token after it. A document is a single turn of the role
+`text`; all of it is trained, and the end-of-text token after it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ghostvis_mega.data.layout import SPAN, Role
+from ghostvis_mega.data.styles import STYLES, Piece, Special, Style
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.utils.errors import DataError
 
 TEMPLATE_NAME = "chatml"
+"""Of datasets whose maker says nothing else."""
+
 ROLES = ("system", "user", "assistant", "tool")
-MAX_TURNS = 1 << 15
+DOCUMENT = "text"
+"""Role of the only turn of a document."""
+
+MAX_TURNS = (1 << 15) - 1
 MAX_IMAGES = (1 << 16) - 1
 
 # A conversation is a walk: from each role, the roles that may follow.
@@ -87,6 +97,9 @@ def check_conversation(turns: Sequence[Turn], *, num_images: int) -> None:
         raise RowError("too_many_turns", f"{len(turns)} turns, at most {MAX_TURNS} are stored")
     if num_images > MAX_IMAGES:
         raise RowError("too_many_images", f"{num_images} images, at most {MAX_IMAGES} are stored")
+    if len(turns) == 1 and turns[0].role == DOCUMENT:
+        _check_document(turns[0], num_images=num_images)
+        return
     previous = None
     for number, turn in enumerate(turns):
         if turn.role not in ROLES:
@@ -115,24 +128,71 @@ def check_conversation(turns: Sequence[Turn], *, num_images: int) -> None:
         )
 
 
-class ChatTemplate:
-    """Encodes conversations with one tokenizer."""
+def _check_document(turn: Turn, *, num_images: int) -> None:
+    if turn.num_images or num_images:
+        raise RowError("document_image", "a document holds text alone: use a conversation")
+    if not turn.text.strip():
+        raise RowError("empty_document", "the document has no text")
 
-    def __init__(self, tokenizer: Tokenizer):
+
+def find_style(name: str) -> Style:
+    """The style called `name`; DataError naming all of them."""
+    if name not in STYLES:
+        raise DataError(f"there is no chat template {name!r}: use one of {', '.join(STYLES)}")
+    return STYLES[name]
+
+
+def load_tokenizer(path: Path, *, template: str = TEMPLATE_NAME) -> Tokenizer:
+    """Load a tokenizer file with the special tokens of a template.
+
+    Raises:
+        DataError: the file is missing or damaged, or there is no such template.
+    """
+    return Tokenizer.load(path, pieces=find_style(template).pieces)
+
+
+class ChatTemplate:
+    """Encodes conversations and documents with one tokenizer, in one style."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str = TEMPLATE_NAME):
+        self.name = name
+        self._style = find_style(name)
         self._tokenizer = tokenizer
+        missing = sorted(set(self._style.pieces) - set(tokenizer.specials))
+        if missing:
+            raise DataError(
+                f"tokenizer {tokenizer.path} was loaded without {', '.join(missing)}, which the "
+                f"chat template {name} writes: load it with that template"
+            )
         ids = tokenizer.specials
-        self._im_end, self._image = ids["im_end"], ids["image"]
-        self._line_end = tokenizer.encode("\n")
-        self._headers = {role: [ids["im_start"], *tokenizer.encode(f"{role}\n")] for role in ROLES}
+        self._image, self._text_end = ids["image"], ids["endoftext"]
+        style = self._style
+        self._begin = self._ids(style.begin)
+        self._headers = {role: self._ids(style.headers[role]) for role in ROLES}
+        self._joined = None if style.joined_user is None else self._ids(style.joined_user)
+        self._ends = {role: self._ids(style.ends[role]) for role in ROLES}
+
+    def _ids(self, pieces: Sequence[Piece]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, Special):
+                ids.append(self._tokenizer.specials[piece.name])
+            else:
+                ids += self._tokenizer.encode(piece)
+        return ids
 
     def encode(self, turns: Sequence[Turn], *, num_images: int) -> Encoded:
-        """Tokens and spans of a checked conversation; RowError if it breaks a rule."""
+        """Tokens and spans of a conversation or document; RowError if it breaks a rule."""
         check_conversation(turns, num_images=num_images)
-        tokens: list[int] = []
+        if turns[0].role == DOCUMENT:
+            text = [*self._begin, *self._encode_text(turns[0].text, 0), self._text_end]
+            return self._document(text, begin=len(self._begin), ends=True)
+        tokens = list(self._begin)
         spans: list[tuple[int, int, int, int, int]] = []
         image_positions: list[int] = []
         for number, turn in enumerate(turns):
-            tokens += self._headers[turn.role]
+            after_system = number > 0 and turns[number - 1].role == "system"
+            tokens += self._header(turn.role, after_system=after_system)
             start = len(tokens)
             for part in turn.parts:
                 if isinstance(part, ImagePart):
@@ -142,19 +202,49 @@ class ChatTemplate:
                     tokens += self._encode_text(part, number)
             train = int(turn.role == "assistant")
             spans.append((start, len(tokens) - start, Role[turn.role.upper()], train, number))
-            spans.append((len(tokens), 1, Role.EOS, train, number))
-            tokens += [self._im_end, *self._line_end]
+            if self._style.has_end_token(turn.role):
+                spans.append((len(tokens), 1, Role.EOS, train, number))
+            tokens += self._ends[turn.role]
         return Encoded(
             tokens=np.array(tokens, dtype=np.int32),
             spans=np.array(spans, dtype=SPAN),
             image_positions=tuple(image_positions),
         )
 
+    def _header(self, role: str, *, after_system: bool) -> list[int]:
+        joined = after_system and role == "user" and self._joined is not None
+        return self._joined if joined else self._headers[role]
+
+    def _document(self, tokens: list[int], *, begin: int, ends: bool) -> Encoded:
+        spans = [(begin, len(tokens) - begin - int(ends), Role.TEXT, 1, 0)]
+        if ends:
+            spans.append((len(tokens) - 1, 1, Role.EOS, 1, 0))
+        spans = [span for span in spans if span[1]]
+        return Encoded(np.array(tokens, dtype=np.int32), np.array(spans, dtype=SPAN), ())
+
+    def encode_split(
+        self, turns: Sequence[Turn], *, num_images: int, max_tokens: int | None
+    ) -> list[Encoded]:
+        """As `encode`; a document of more than `max_tokens` is cut, a conversation never is.
+
+        Each part but the last has exactly `max_tokens`; only the last has the end-of-text token.
+        """
+        whole = self.encode(turns, num_images=num_images)
+        tokens = whole.tokens.tolist()
+        if turns[0].role != DOCUMENT or max_tokens is None or len(tokens) <= max_tokens:
+            return [whole]
+        parts = []
+        for start in range(0, len(tokens), max_tokens):
+            part = tokens[start : start + max_tokens]
+            begin = len(self._begin) if start == 0 else 0
+            parts.append(self._document(part, begin=begin, ends=start + max_tokens >= len(tokens)))
+        return parts
+
     def prompt(self, question: str, *, num_images: int) -> list[int]:
         """Tokens of one user turn, images first, and the header that the answer follows."""
         images = [self._image] * num_images
         user = [*self._headers["user"], *images, *self._tokenizer.encode(question)]
-        return [*user, self._im_end, *self._line_end, *self._headers["assistant"]]
+        return [*self._begin, *user, *self._ends["user"], *self._headers["assistant"]]
 
     def _encode_text(self, text: str, turn: int) -> list[int]:
         try:

@@ -5,6 +5,7 @@ pictures of a global batch are spread over all of them by cost, and their embedd
 replicas that need them.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,31 +34,58 @@ class ImageDispatch:
 
 
 def dispatch_images(wanted: Sequence[Sequence[int]], places: Sequence[Place]) -> ImageDispatch:
-    """Give each distinct picture to one rank.
+    """Give each distinct picture to one rank, as evenly as counts allow.
 
-    Pictures have one size, so counts are costs. Among the least loaded ranks one that needs the
-    picture itself is
-    preferred: its embedding need not travel.
+    Pictures have one size, so counts are costs. A rank that needs the picture itself is preferred
+    while it has room: its embedding need not travel. Linear in pictures and ranks.
 
     Args:
         wanted: Image ids of each data-parallel replica; repeats are allowed.
         places: Coordinates of every rank.
     """
     needs = [frozenset(ids) for ids in wanted]
-    loads = [0] * len(places)
+    images = sorted(frozenset().union(*needs))
+    share, extra = divmod(len(images), len(places))
+    readers = _readers(needs, places)
     encode: list[list[int]] = [[] for _ in places]
-    for image in sorted(frozenset().union(*needs)):
-        owner = min(
-            range(len(places)),
-            key=lambda rank: (loads[rank], not _receives(places[rank], image, needs), rank),
-        )
-        loads[owner] += 1
+    left = []
+    for image in images:
+        owner = _with_room(encode, readers[image], room=share)
+        encode[owner].append(image) if owner is not None else left.append(image)
+    # Whoever has less than its share takes what nobody near had room for; the remainder of the
+    # division, at most one picture a rank, again goes to readers first.
+    behind = [rank for rank, own in enumerate(encode) for _ in range(share - len(own))]
+    for image, owner in zip(left, behind, strict=False):
         encode[owner].append(image)
+    free = iter(range(len(places)))
+    for image in left[len(behind) :]:
+        owner = _with_room(encode, readers[image], room=share + 1)
+        if owner is None:
+            owner = next(rank for rank in free if len(encode[rank]) == share)
+        encode[owner].append(image)
+    assert max((len(own) for own in encode), default=0) <= share + (extra > 0)
     return ImageDispatch(
-        encode=tuple(tuple(ids) for ids in encode),
+        encode=tuple(tuple(sorted(ids)) for ids in encode),
         wanted=tuple(tuple(sorted(ids)) for ids in needs),
     )
 
 
-def _receives(place: Place, image: int, needs: Sequence[frozenset[int]]) -> bool:
-    return place.pipeline == 0 and image in needs[place.data]
+def _readers(
+    needs: Sequence[frozenset[int]], places: Sequence[Place]
+) -> defaultdict[int, list[int]]:
+    """The ranks that read each picture: those of the first stage whose replica shows it."""
+    first_stage = defaultdict(list)
+    for rank, place in enumerate(places):
+        if place.pipeline == 0:
+            first_stage[place.data].append(rank)
+    readers = defaultdict(list)
+    for data, images in enumerate(needs):
+        for image in images:
+            readers[image] += first_stage[data]
+    return readers
+
+
+def _with_room(encode: Sequence[Sequence[int]], readers: Sequence[int], *, room: int) -> int | None:
+    """The least loaded of `readers` that has less than `room` pictures."""
+    best = min(readers, key=lambda rank: (len(encode[rank]), rank))
+    return best if len(encode[best]) < room else None

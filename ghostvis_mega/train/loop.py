@@ -72,6 +72,8 @@ class Loop:
         if self.previewer is not None and done in self.engine.run.log.preview_steps:
             self.watchdog.alive(f"previews after step {done}")
             self.observers.on_preview(done, self.previewer.look())
+            # What the tower took for these pictures belongs to no step.
+            self.engine.timer.read()
 
     def measure(
         self,
