@@ -17,7 +17,7 @@ def run_charts(steps: list[StepMetrics]) -> list[Chart]:
     norm = [m.grad_norm for m in steps]
     rate = [m.tokens_per_s for m in steps]
     return [
-        Chart("Loss", _raw_and_smooth(steps, loss, "c1"), _number, "{:.4f}".format),
+        Chart("Loss", _raw_and_smooth(steps, loss, "c1"), _number, "{:.4f}".format, allow_log=True),
         Chart(
             "Gradient norm",
             _raw_and_smooth(steps, norm, "c2"),
