@@ -23,7 +23,7 @@ from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError, GhostVisError
-from tools.preprocess import operations
+from tools.preprocess import dedupe, operations
 
 BAD_INPUT = 2
 FOUND_PROBLEMS = 1
@@ -246,6 +246,7 @@ def verify_command(
 
 
 operations.register(app)
+dedupe.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:
