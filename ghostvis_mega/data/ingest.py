@@ -11,7 +11,13 @@ from pathlib import Path
 
 from ghostvis_mega.data.manifest import Manifest, read_manifest
 from ghostvis_mega.data.pixels import ImageError, ImageInfo, probe
-from ghostvis_mega.data.template import ChatTemplate, RowError, Turn, check_conversation
+from ghostvis_mega.data.template import (
+    TEMPLATE_NAME,
+    ChatTemplate,
+    RowError,
+    Turn,
+    check_conversation,
+)
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.data.writer import DatasetWriter
 
@@ -54,6 +60,7 @@ def ingest(
     *,
     tokenizer: Tokenizer,
     path: Path,
+    template: str = TEMPLATE_NAME,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -67,8 +74,11 @@ def ingest(
         DataError: `path` is taken.
     """
     described = [{"name": source.name, "license": source.license} for source in sources]
-    with DatasetWriter(path, tokenizer=tokenizer, sources=described, force=force) as writer:
-        importer = _Importer(writer, ChatTemplate(tokenizer))
+    style = ChatTemplate(tokenizer, template)
+    with DatasetWriter(
+        path, tokenizer=tokenizer, template=template, sources=described, force=force
+    ) as writer:
+        importer = _Importer(writer, style)
         count = 0
         for number, source in enumerate(sources):
             for row in source.rows:

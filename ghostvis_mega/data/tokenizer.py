@@ -170,7 +170,7 @@ class Tokenizer(ABC):
 
     def _encode_apart(self, text: str) -> list[int]:
         """Cut each look-alike of a special after its first character, so that none is whole."""
-        pieces = sorted(self.piece(token) for token in self._reserved)
+        pieces = sorted(filter(None, (self.piece(token) for token in self._reserved)))
         look_alike = re.compile("(?=" + "|".join(re.escape(piece) for piece in pieces) + ")")
         cuts = [0, *(match.start() + 1 for match in look_alike.finditer(text)), len(text)]
         parts = (text[start:end] for start, end in zip(cuts, cuts[1:], strict=False))

@@ -35,7 +35,6 @@ from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import HashingFile, fsync_directory, temporary_name
 
 SHARD_BYTES = 512 * 1024 * 1024
-TOKENIZER_FILE = "tokenizer.model"
 _BLOCK = tarfile.BLOCKSIZE
 _SAMPLE_FILES = (
     names.TOKENS,
@@ -58,11 +57,18 @@ class DatasetWriter:
     """Context manager; leaving it without an error publishes the dataset at `path`."""
 
     def __init__(
-        self, path: Path, *, tokenizer: Tokenizer, sources: Sequence[dict[str, str]], force: bool
+        self,
+        path: Path,
+        *,
+        tokenizer: Tokenizer,
+        sources: Sequence[dict[str, str]],
+        force: bool,
+        template: str = TEMPLATE_NAME,
     ):
         self._path = path
         _check_target(path, force=force)
         self._tokenizer = tokenizer
+        self._template = template
         self._sources = [dict(source) for source in sources]
         self._rows: Counter[int] = Counter()
         self._rejected: Counter[int] = Counter()
@@ -226,7 +232,7 @@ class DatasetWriter:
 
     def _finish(self) -> None:
         self._close_shard()
-        self._write_whole(TOKENIZER_FILE, self._tokenizer.path.read_bytes())
+        self._write_whole(self._tokenizer.file_name, self._tokenizer.path.read_bytes())
         for file in self._files.values():
             file.close()
         for part in ("media", "samples"):
@@ -252,8 +258,8 @@ class DatasetWriter:
                 "trained_tokens": self._trained,
                 "rejected": self._rejected.total(),
             },
-            "tokenizer": self._tokenizer.info(file=TOKENIZER_FILE).model_dump(),
-            "template": {"name": TEMPLATE_NAME},
+            "tokenizer": self._tokenizer.info(file=self._tokenizer.file_name).model_dump(),
+            "template": {"name": self._template},
             "sources": sources,
             "files": files,
         }
