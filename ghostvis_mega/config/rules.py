@@ -7,6 +7,7 @@ wrong, hangs or silently ignores a setting is refused here, before any process g
 from collections.abc import Iterator
 from typing import Literal
 
+from ghostvis_mega.config.rules_data import blend_problems
 from ghostvis_mega.config.rules_model import choices, data_fit_problems, divisors, model_problems
 from ghostvis_mega.config.schema import RunConfig
 
@@ -28,6 +29,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *_division_problems(cfg),
         *_batch_problems(cfg, world_size),
         *_data_problems(cfg),
+        *blend_problems(cfg),
         *_freeze_problems(cfg),
         *_optim_problems(cfg),
         *_log_problems(cfg),

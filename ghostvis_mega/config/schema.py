@@ -120,11 +120,36 @@ class ModelConfig(Section):
         return ("llm", "vision", *resampler, "projector")
 
 
+class BlendEntry(Section):
+    """One dataset of a blend."""
+
+    path: Path
+    weight: Annotated[float, Field(ge=0)]
+    """Share in `data.blend_unit`; weights need not sum to 1."""
+
+
+class BlendChange(Section):
+    """Other weights from a step on."""
+
+    step: Positive
+    """Steps done when the weights change."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...]
+    """One for each entry of `data.blend`, in its order."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they become sequences."""
 
     train: Path
     """Directory of a prepared dataset (`NAME.gvd`)."""
+    blend: tuple[BlendEntry, ...] = ()
+    """Several datasets to train on, `train` among them; empty: `train` alone."""
+    blend_unit: Literal["packs", "samples", "tokens"] = "packs"
+    """What the weights are shares of: sequences, samples, or useful tokens."""
+    blend_changes: tuple[BlendChange, ...] = ()
+    bad_sample_budget: Fraction = 1e-4
+    """Share of samples that may turn out damaged while training (10 always may); one more stops
+    the run."""
     heldout: Path | None = None
     """Prepared dataset that is never trained on: previews and the accuracy at the end."""
     tokenizer: Path | None = None

@@ -1,30 +1,40 @@
 """Batches as a pure function of the step: no state, no process group, the same on every rank.
 
-Sequences are numbered without end: number n is position n % P of epoch n // P, where P is the
-number of packs. Step k takes numbers k*G to (k+1)*G - 1, so a batch is always full and may reach
-into the next epoch; its epoch is that of its first sequence.
+Sequences are numbered without end; step k takes numbers k*G to (k+1)*G - 1. With one dataset of P
+packs, number n is place n % P of epoch n // P, so a batch is always full and may reach into the
+next epoch. With several, `blend` says which dataset a number belongs to and how many of that
+dataset came before; epochs are then counted for each dataset by itself.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from ghostvis_mega.data.batch import GlobalBatch, ImageSlot, MicroBatch, SequenceMeta
+from ghostvis_mega.data.blend import BlendOrder, BlendWeights, Phase
+from ghostvis_mega.data.corpus import Corpus, DamagedSample
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.order import permute
 from ghostvis_mega.data.plan import PackPlan, PlanParams, load_or_build
-from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+_SOURCE_KEY_BITS = 40
+"""Datasets of one size must not run in step: each permutes by a seed of its own."""
+
 
 class BatchSource:
-    """Turns a dataset into global batches and micro-batches."""
+    """Turns one or several datasets into global batches and micro-batches.
+
+    Ids in batches count over all datasets; see `Corpus`. A pack holds samples of one dataset.
+    """
 
     def __init__(
         self,
-        dataset: Dataset,
+        datasets: Dataset | Sequence[Dataset],
         *,
         seq_length: int,
         global_size: int,
@@ -34,20 +44,26 @@ class BatchSource:
         tokens_per_image: int,
         seed: int,
         group_images: bool = True,
+        blend: BlendWeights | None = None,
+        on_damage: Callable[[DamagedSample], None] | None = None,
     ):
-        """Plan the dataset, or use its stored plan with the same parameters.
+        """Plan the datasets, or use their stored plans with the same parameters.
 
         Args:
             global_size: sequences of one step over all ranks.
             micro_size: rows of one micro-batch; 1 with packing.
             group_images: samples of one picture share a pack where that costs nothing.
+            blend: shares of several datasets.
+            on_damage: told of each sample that was blanked because its crc is wrong; None lets
+                damage stop the reading.
 
         Raises:
-            ConfigError: sizes that do not divide, or packed rows side by side.
-            DataError: no sample fits, or the dataset has images and the model no place for them.
+            ConfigError: sizes that do not divide, packed rows side by side, or too small a weight.
+            DataError: no sample fits, the dataset has images and the model no place for them, or
+                tokenizers differ.
         """
         _check_sizes(global_size, micro_size, data_parallel, packing)
-        self.dataset = dataset
+        self.corpus = Corpus([datasets] if isinstance(datasets, Dataset) else datasets)
         self.seq_length = seq_length
         self.packing = packing
         self._global_size, self._micro_size, self._data_parallel = (
@@ -56,34 +72,53 @@ class BatchSource:
             data_parallel,
         )
         self._tokens_per_image, self._seed = tokens_per_image, seed
-        params = PlanParams(
+        self.params = PlanParams(
             algorithm="balanced" if packing else "none",
             seq_length=seq_length,
             tokens_per_image=tokens_per_image,
             seed=seed,
             group_images=group_images,
         )
-        self.plan: PackPlan = load_or_build(dataset, params)
-        specials = dataset.manifest.tokenizer.specials
+        self.plans: tuple[PackPlan, ...] = tuple(
+            load_or_build(dataset, self.params) for dataset in self.corpus.datasets
+        )
+        phases = [Phase(start=0, quotas=(1,))]
+        if blend is not None:
+            phases = blend.phases(self.plans, global_size=global_size)
+        if len(phases[0].quotas) != len(self.plans):
+            raise ConfigError([f"{len(self.plans)} datasets need as many weights in data.blend"])
+        self.order = BlendOrder(phases, seed=seed)
+        self._on_damage = on_damage
+        specials = self.corpus.datasets[0].manifest.tokenizer.specials
         self._pad, self._image = specials["pad"], specials["image"]
-        log.info(
-            "%s: %d samples in %d sequences of %d, %.2f %% full, %d samples too long",
-            dataset.path, len(self.plan.samples), self.plan.num_packs, seq_length,
-            100 * self.plan.fill, len(self.plan.dropped),
-        )  # fmt: skip
+        for dataset, plan in zip(self.corpus.datasets, self.plans, strict=True):
+            log.info(
+                "%s: %d samples in %d sequences of %d, %.2f %% full, %d samples too long",
+                dataset.path, len(plan.samples), plan.num_packs, seq_length,
+                100 * plan.fill, len(plan.dropped),
+            )  # fmt: skip
+
+    @property
+    def plan(self) -> PackPlan:
+        """Plan of the first dataset."""
+        return self.plans[0]
+
+    @property
+    def global_size(self) -> int:
+        """Sequences of one step."""
+        return self._global_size
 
     def global_batch(self, step: int) -> GlobalBatch:
         """The sequences of a step; their set does not depend on `data_parallel`."""
-        packs = self.plan.num_packs
         numbers = np.arange(step * self._global_size, (step + 1) * self._global_size)
-        epochs, places = numbers // packs, numbers % packs
-        order = np.concatenate(
-            [
-                permute(places[epochs == epoch], count=packs, seed=self._seed, epoch=int(epoch))
-                for epoch in np.unique(epochs)
-            ]
-        )
-        sequences = [self._meta(int(pack)) for pack in order]
+        sources, places = self.order.locate(numbers)
+        packs = np.empty_like(places)
+        for source in np.unique(sources).tolist():
+            packs[sources == source] = self._packs(source, places[sources == source])
+        sequences = [
+            self._meta(source, pack)
+            for source, pack in zip(sources.tolist(), packs.tolist(), strict=True)
+        ]
         costs = np.array(
             [(row.num_tokens, len(set(row.image_ids))) for row in sequences], dtype=np.float64
         )
@@ -93,23 +128,36 @@ class BatchSource:
             replicas.append(
                 tuple(tuple(sequences[members[i]] for i in micro) for micro in micro_batches)
             )
-        return GlobalBatch(step=step, epoch=int(epochs[0]), replicas=tuple(replicas))
+        sizes = np.array([plan.num_packs for plan in self.plans])
+        epochs = self.order.consumed(step * self._global_size) // sizes
+        return GlobalBatch(step=step, epochs=tuple(epochs.tolist()), replicas=tuple(replicas))
 
-    def _meta(self, pack: int) -> SequenceMeta:
-        samples = self.plan.pack(pack)
-        image_ids, _ = self.dataset.image_ids(samples)
+    def _packs(self, source: int, places: np.ndarray) -> np.ndarray:
+        """Packs of one dataset at places of its own endless stream."""
+        count = self.plans[source].num_packs
+        seed = self._seed + (source << _SOURCE_KEY_BITS)
+        epochs, packs = places // count, places % count
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            packs[chosen] = permute(packs[chosen], count=count, seed=seed, epoch=epoch)
+        return packs
+
+    def _meta(self, source: int, pack: int) -> SequenceMeta:
+        dataset, plan = self.corpus.datasets[source], self.plans[source]
+        samples = plan.pack(pack)
+        image_ids, _ = dataset.image_ids(samples)
         return SequenceMeta(
-            sample_ids=tuple(samples.tolist()),
-            num_tokens=int(self.plan.tokens[pack]),
-            trained_tokens=int(self.dataset.sample_index["trained_len"][samples].sum()),
-            image_ids=tuple(image_ids.tolist()),
+            sample_ids=tuple((samples + self.corpus.sample_offsets[source]).tolist()),
+            num_tokens=int(plan.tokens[pack]),
+            trained_tokens=int(dataset.sample_index["trained_len"][samples].sum()),
+            image_ids=tuple((image_ids + self.corpus.image_offsets[source]).tolist()),
         )
 
     def micro_batch(self, rows: tuple[SequenceMeta, ...]) -> MicroBatch:
         """Tensors of the given rows; reads their tokens and checks them.
 
         Raises:
-            DataError: a stored sample is damaged.
+            DataError: a stored sample is damaged, and `on_damage` is None or gives up.
         """
         shape = (len(rows), self.seq_length)
         tokens_BS = np.full(shape, self._pad, dtype=np.int64)
@@ -149,13 +197,23 @@ class BatchSource:
         positions_S: np.ndarray,
     ) -> tuple[np.ndarray, list[ImageSlot]]:
         """Write one row in place; returns segment lengths (padding tail included) and slots."""
-        data = self.dataset.gather(np.array(sample_ids, dtype=np.int64))
+        data, damaged = self.corpus.gather(sample_ids)
+        for sample in damaged:
+            if self._on_damage is None:
+                raise DataError(sample.problem)
+            self._on_damage(sample)
         width = self._tokens_per_image
         repeats = np.ones(len(data.tokens), dtype=np.int64)
         repeats[data.image_positions] = width
         tokens = np.repeat(data.tokens, repeats)
         trained = np.repeat(data.trained, repeats)
         used = len(tokens)
+        if used > self.seq_length:
+            raise DataError(
+                f"samples {list(sample_ids)} of {self.corpus.path} take {used} positions, more "
+                f"than the {self.seq_length} they were planned for: the index is damaged, run "
+                "`python -m tools.preprocess verify`"
+            )
         lengths = data.tok_lens + data.image_counts * (width - 1)
         ends = np.cumsum(lengths)
         # The label of a position is the next token, except at a sample's end: what follows there

@@ -1,14 +1,19 @@
-"""From a prepared dataset to what one rank needs for a step, read ahead while the step before
+"""From prepared datasets to what one rank needs for a step, read ahead while the step before
 runs."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.config.schema import DataConfig, RunConfig
+from ghostvis_mega.data import state as data_state
+from ghostvis_mega.data.bad_samples import LEDGER, BadSamples
 from ghostvis_mega.data.batch import GlobalBatch
+from ghostvis_mega.data.blend import BlendWeights
+from ghostvis_mega.data.corpus import Corpus, DamagedSample
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.images import load_image
 from ghostvis_mega.data.pixels import ImageError
@@ -20,7 +25,12 @@ from ghostvis_mega.utils.errors import DataError
 
 
 def load_pixels(
-    dataset: Dataset, image_ids: Sequence[int], *, size: int, seeds: Sequence[int] | None
+    dataset: Dataset | Corpus,
+    image_ids: Sequence[int],
+    *,
+    size: int,
+    seeds: Sequence[int] | None,
+    on_damage: Callable[[int, str], None] | None = None,
 ) -> torch.Tensor:
     """Decoded pictures: uint8 [n, 3, size, size].
 
@@ -29,35 +39,59 @@ def load_pixels(
         image_ids: Which.
         size: Side in pixels.
         seeds: One a picture for random augmentation; None shows them as they are.
+        on_damage: Told the id and the problem of each damaged picture, which is then black; None
+            lets damage stop the reading.
 
     Raises:
         DataError: A picture is damaged; names it.
     """
-    pictures = []
+    pictures = torch.zeros((len(image_ids), 3, size, size), dtype=torch.uint8)
     for index, image in enumerate(image_ids):
+        seed = None if seeds is None else seeds[index]
         try:
-            seed = None if seeds is None else seeds[index]
-            pictures.append(
-                load_image(dataset.image_bytes(image), image_size=size, augment_seed=seed)
+            pictures[index] = load_image(
+                dataset.image_bytes(image), image_size=size, augment_seed=seed
             )
-        except ImageError as error:
-            raise DataError(f"image {image} of {dataset.path} cannot be used: {error}") from error
-    return torch.stack(pictures) if pictures else torch.zeros((0, 3, size, size), dtype=torch.uint8)
+        except DataError as error:
+            problem = str(error)
+            if isinstance(error, ImageError):
+                problem = f"image {image} of {dataset.path} cannot be used: {error}"
+            if on_damage is None:
+                raise DataError(problem) from error
+            on_damage(image, problem)
+    return pictures
+
+
+def blend_weights(data: DataConfig) -> BlendWeights | None:
+    """The weights as the settings state them; None with one dataset."""
+    if not data.blend:
+        return None
+    first = (0, tuple(entry.weight for entry in data.blend))
+    changes = [(change.step, change.weights) for change in data.blend_changes]
+    return BlendWeights(unit=data.blend_unit, changes=(first, *changes))
 
 
 class Feed:
-    """Inputs of this rank by step: a function of the step alone, so a resumed run needs no state.
+    """Inputs of this rank by step: a function of the step alone, so a resumed run needs no state
+    but the proof that it reads the same data.
+
+    A sample whose bytes turn out damaged keeps its shape and trains nothing; a damaged picture is
+    black. Both are noted in `rejected_at_run_time.jsonl` and counted against a budget.
 
     Args:
         run: Settings.
         groups: Of this rank.
-        dataset: To train on.
+        dataset: That of `data.train`; the others of `data.blend` are opened here.
     """
 
     def __init__(self, run: RunConfig, groups: Groups, dataset: Dataset):
-        self.run, self.groups, self.dataset = run, groups, dataset
+        self.run, self.groups = run, groups
+        datasets = [
+            dataset if entry.path == run.data.train else Dataset.open(entry.path)
+            for entry in run.data.blend
+        ] or [dataset]
         self.source = BatchSource(
-            dataset,
+            datasets,
             seq_length=run.data.seq_length,
             global_size=run.batch.global_size,
             micro_size=run.batch.micro_size,
@@ -65,12 +99,33 @@ class Feed:
             packing=run.data.packing,
             tokens_per_image=run.model.tokens_per_image,
             seed=run.train.seed,
+            blend=blend_weights(run.data),
+            on_damage=self._note_sample,
         )
-        self.sample_lengths = dataset.lengths(tokens_per_image=run.model.tokens_per_image)
-        """int64 [samples]: positions that each sample takes."""
+        self.corpus = self.source.corpus
+        self.bad_samples = BadSamples(
+            run.log.output / LEDGER,
+            budget=run.data.bad_sample_budget,
+            num_samples=self.corpus.num_samples,
+            rank=groups.rank,
+        )
+        self.sample_lengths = self.corpus.lengths(tokens_per_image=run.model.tokens_per_image)
+        """int64 [samples of all datasets]: positions that each sample takes."""
         workers = run.data.num_workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed") if workers else None
         self._ahead: dict[int, Future[tuple[GlobalBatch, StepInput]]] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: JSON below 1 KB, the same at every step."""
+        return data_state.describe(self.source)
+
+    def check_state(self, state: dict[str, Any], *, step: int) -> None:
+        """Make sure that a checkpoint taken after `step` steps continues this very stream.
+
+        Raises:
+            CheckpointError: names every difference.
+        """
+        data_state.check(state, self.source, step=step)
 
     def get(self, step: int) -> tuple[GlobalBatch, StepInput]:
         """The batch of `step`, counted from 0; with workers, the next ones are then being read."""
@@ -98,7 +153,12 @@ class Feed:
         seeds = None
         if self.run.data.augment:
             seeds = [
-                augment_seed(self.run.train.seed, epoch=batch.epoch, image=image) for image in own
+                augment_seed(
+                    self.run.train.seed,
+                    epoch=batch.epochs[self.corpus.dataset_of_image(image)],
+                    image=image,
+                )
+                for image in own
             ]
         vision = self.run.model.vision
         return batch, StepInput(
@@ -107,10 +167,24 @@ class Feed:
             ],
             dispatch=dispatch,
             pixels_N3hw=load_pixels(
-                self.dataset, own, size=vision.image_size if vision else 1, seeds=seeds
+                self.corpus,
+                own,
+                size=vision.image_size if vision else 1,
+                seeds=seeds,
+                on_damage=self._note_image,
             ),
             trained_tokens=batch.trained_tokens,
         )
+
+    def _note_sample(self, damaged: DamagedSample) -> None:
+        try:
+            key = self.corpus.sample_key(damaged.sample)
+        except (DataError, UnicodeDecodeError, ValueError):
+            key = ""  # its key is damaged as well; the number still finds it
+        self.bad_samples.note("sample", damaged.sample, key=key, problem=damaged.problem)
+
+    def _note_image(self, image: int, problem: str) -> None:
+        self.bad_samples.note("image", image, key="", problem=problem)
 
 
 def augment_seed(seed: int, *, epoch: int, image: int) -> int:

@@ -78,7 +78,10 @@ def _data_problems(cfg: RunConfig) -> list[str]:
     train = None if problems else datasets.read_manifest(cfg.data.train)
     if train is not None:
         problems += _model_fit_problems(cfg, train)
-        problems += _content_problems(cfg, train)
+        if cfg.data.blend:
+            problems += _blend_problems(cfg, train)
+        else:
+            problems += _content_problems(cfg, train)
     if cfg.data.heldout is None or cfg.data.heldout == cfg.data.train:
         return problems
     found = datasets.find_problems(cfg.data.heldout, what="data.heldout")
@@ -133,6 +136,55 @@ def _content_problems(cfg: RunConfig, train: datasets.Manifest) -> list[str]:
         problems.append(
             f"batch.global_size={cfg.batch.global_size} exceeds the {counts.samples} samples of "
             f"data.train={cfg.data.train}. Use at most {counts.samples}, or more data."
+        )
+    return problems
+
+
+def _blend_problems(cfg: RunConfig, train: datasets.Manifest) -> list[str]:
+    """Datasets of a blend that cannot be used, or not together."""
+    problems: list[str] = []
+    manifests = {cfg.data.train: train}
+    for place, entry in enumerate(cfg.data.blend):
+        if entry.path in manifests:
+            continue
+        name = f"data.blend[{place}].path"
+        found = datasets.find_problems(entry.path, what=name)
+        problems += found
+        if found:
+            continue
+        manifests[entry.path] = other = datasets.read_manifest(entry.path)
+        if other.tokenizer.sha256 != train.tokenizer.sha256:
+            problems.append(
+                f"{name}={entry.path} was tokenised with another tokenizer than data.train="
+                f"{cfg.data.train}. Ingest it again with the tokenizer of data.train."
+            )
+        if other.template.name != train.template.name:
+            problems.append(
+                f"{name}={entry.path} uses the chat template {other.template.name}, data.train the "
+                f"template {train.template.name}. Ingest both with the same one."
+            )
+        if other.digest == train.digest:
+            problems.append(
+                f"{name}={entry.path} is a copy of data.train={cfg.data.train}. Remove it and add "
+                "its weight to data.train's."
+            )
+    counts = {path: manifest.counts for path, manifest in manifests.items()}
+    for path, count in counts.items():
+        if count.images and cfg.model.vision is None:
+            problems.append(
+                f"{path} in data.blend holds {count.images} images, but the model has no vision "
+                "part. Use a preset with one (vlm_...), or a text dataset."
+            )
+        if count.trained_tokens == 0:
+            problems.append(
+                f"{path} in data.blend has no trained token: batches of it would have an empty "
+                "loss. Ingest it with turns of the assistant, or remove it."
+            )
+    images = sum(count.images for count in counts.values())
+    if not problems and not images and "llm" not in cfg.trained_modules:
+        problems.append(
+            "data.blend holds no image, but train.freeze leaves only vision parts to train. Add a "
+            "dataset with images, or do not freeze llm."
         )
     return problems
 
