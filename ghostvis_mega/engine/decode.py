@@ -109,9 +109,8 @@ class GreedyDecoder:
                 exchange, self.load_pixels(own), for_training=False
             )
         mine = shares[groups.place.data]
-        if not mine:
-            return []
-        # Empty rows fill the last batch: every micro-batch of a schedule has the same shape.
+        # Empty rows fill the last batch: every micro-batch of a schedule has the same shape, and a
+        # replica without prompts computes like the others.
         filled = mine + [Prompt(tokens=(self.stop_token,), image_ids=())] * (self.rows - len(mine))
         rows = [self._expand(prompt) for prompt in filled]
         length = max(len(tokens) for tokens, _ in rows) + max_new_tokens
@@ -130,7 +129,7 @@ class GreedyDecoder:
                     done[index] = True
                 else:
                     texts[index].append(token)
-            if all(done):
+            if self._all_replicas(all(done)):
                 break
         return [
             text[len(tokens) :] for text, (tokens, _) in zip(texts[: len(mine)], rows, strict=False)
@@ -177,6 +176,13 @@ class GreedyDecoder:
             images=tuple(slots),
             sample_ids=(),
         )
+
+    def _all_replicas(self, done: bool) -> bool:
+        """Whether every replica is done: with ZeRO-3 each forward gathers weights from all of
+        them."""
+        flag = torch.tensor(int(done), device=self.engine.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.engine.groups.data)
+        return bool(flag)
 
     def _agree(self, scores: list[torch.Tensor], *, count: int) -> list[int]:
         """The best token of each row, told by the last stage to the whole pipeline."""
