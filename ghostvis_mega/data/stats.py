@@ -1,14 +1,41 @@
-"""What a dataset holds and how well it packs, as one dictionary and as text."""
+"""What a dataset holds, how well it packs and how evenly it loads ranks, as one dictionary."""
 
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset
-from ghostvis_mega.data.layout import ImageFormat
-from ghostvis_mega.data.plan import ALGORITHMS, PackPlan, PlanParams, build_plan
+from ghostvis_mega.data.layout import ImageFormat, Role
+from ghostvis_mega.data.looks.balance import simulate
+from ghostvis_mega.data.looks.mix import ghostvis_mix
+from ghostvis_mega.data.looks.packing import (
+    STRATEGIES,
+    Packed,
+    Samples,
+    pack_dataset,
+    pack_samples,
+    packing_stats,
+)
+from ghostvis_mega.data.manifest import REJECTS
+from ghostvis_mega.data.plan import PlanParams
 
+DATA_PARALLEL = (8, 32, 512)
+PATCHES_PER_IMAGE = 576
+"""Of a 336-pixel picture in patches of 14, as SigLIP so400m sees it."""
+
+MIX = "ghostvis-mix"
+MIX_SAMPLES = 200_000
+_DATASET_WASTE, _MIX_WASTE = 0.015, 0.010
+_IMAGES_SD, _TOWER, _TOTAL = 0.35, 1.10, 1.05
+_BAR_RANKS = (8, 32)
 _PERCENTILES = (1, 25, 50, 75, 99)
+_LENGTH_BINS = 48
+_MAX_RESOLUTIONS = 600
+_TOP_IMAGES = 12
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -25,94 +52,209 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _plan_stats(plan: PackPlan, bound: int) -> dict[str, Any]:
+def _histogram(values: np.ndarray) -> dict[str, list[float]]:
+    """Counts between edges; bins are whole numbers wide."""
+    low, high = int(values.min()), int(values.max()) + 1
+    width = max(1, -(-(high - low) // _LENGTH_BINS))
+    edges = np.arange(low, high + width, width)
+    return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
+
+
+def _packing(
+    packed: dict[str, Packed],
+    *,
+    seq_length: int,
+    patches_per_image: int,
+    data_parallel: Sequence[int],
+    seed: int,
+    waste_limit: float,
+) -> dict[str, Any]:
+    """Parts of the statistics that follow from packing, with the bars that they are held to."""
+    sizes = {"seq_length": seq_length, "patches_per_image": patches_per_image}
+    strategies = {name: packing_stats(each, **sizes) for name, each in packed.items()}
+    balance = [
+        simulate(
+            packed["balanced"], data_parallel=ranks, patches_per_image=patches_per_image, seed=seed
+        )
+        for ranks in data_parallel
+    ]
     return {
-        "sequences": plan.num_packs,
-        "lower_bound": bound,
-        "fill": round(plan.fill, 5),
-        "padding_waste": round(1 - plan.fill, 5),
-        "samples_per_sequence": _spread(plan.segments),
-        "images_per_sequence": _spread(plan.images),
-        "distinct_images_per_sequence": _spread(plan.distinct_images),
-        "tower_images_per_epoch": int(plan.distinct_images.sum()),
+        **sizes,
+        "packing": strategies,
+        "balance": balance,
+        "bars": _bars(strategies["balanced"], balance, waste_limit),
+    }
+
+
+def _bars(balanced: dict[str, Any], balance: list[dict[str, Any]], waste: float) -> list[Any]:
+    """Targets of `balanced`: what is measured, the most it may be, and whether it is."""
+    images = balanced["images_per_sequence"]
+    bars = [("padding waste", balanced["padding_waste"], waste)]
+    if images["mean"]:
+        bars.append(("images a sequence, sd / mean", images["sd"] / images["mean"], _IMAGES_SD))
+    for row in balance:
+        if row["data_parallel"] in _BAR_RANKS:
+            where = f"max / mean over {row['data_parallel']} ranks"
+            bars.append((f"tower cost, {where}", row["assigned"]["tower"], _TOWER))
+            bars.append((f"total cost, {where}", row["assigned"]["total"], _TOTAL))
+    return [
+        {"name": name, "value": round(value, 5), "limit": limit, "ok": value <= limit}
+        for name, value, limit in bars
+    ]
+
+
+def mix_stats(
+    *,
+    seq_length: int,
+    tokens_per_image: int,
+    seed: int,
+    patches_per_image: int = PATCHES_PER_IMAGE,
+    data_parallel: Sequence[int] = DATA_PARALLEL,
+    count: int = MIX_SAMPLES,
+) -> dict[str, Any]:
+    """Packing and balance of the synthetic GhostVis mix (`looks.mix`), without a dataset."""
+    lengths, images = ghostvis_mix(
+        count, seq_length=seq_length, tokens_per_image=tokens_per_image, seed=seed
+    )
+    samples = Samples(lengths, images)
+    packed = {
+        name: pack_samples(samples, strategy=name, seq_length=seq_length, seed=seed)
+        for name in STRATEGIES
+    }
+    return {
+        "path": f"{MIX} (synthetic lengths)",
+        "samples": len(lengths),
+        "length": _spread(lengths),
+        "length_histogram": _histogram(lengths),
+        "tokens_per_image": tokens_per_image,
+        "too_long": count - len(lengths),
+        **_packing(
+            packed,
+            seq_length=seq_length,
+            patches_per_image=patches_per_image,
+            data_parallel=data_parallel,
+            seed=seed,
+            waste_limit=_MIX_WASTE,
+        ),
     }
 
 
 def dataset_stats(
-    dataset: Dataset, *, seq_length: int, tokens_per_image: int, seed: int
+    dataset: Dataset,
+    *,
+    seq_length: int,
+    tokens_per_image: int,
+    seed: int,
+    patches_per_image: int = PATCHES_PER_IMAGE,
+    data_parallel: Sequence[int] = DATA_PARALLEL,
 ) -> dict[str, Any]:
-    """Counts, lengths and the result of each packing algorithm; JSON types only."""
-    records, images = dataset.sample_index, dataset.image_index
+    """Content, lengths, packing and balance of a dataset; JSON types only.
+
+    Raises:
+        DataError: no sample fits into `seq_length`, or an index is damaged.
+    """
+    records = dataset.sample_index
     lengths = dataset.lengths(tokens_per_image=tokens_per_image)
-    kept = lengths[lengths <= seq_length]
-    bound = -(-int(kept.sum()) // seq_length)
-    plans = {}
-    for algorithm in ALGORITHMS:
-        params = PlanParams(
-            algorithm=algorithm,
-            seq_length=seq_length,
-            tokens_per_image=tokens_per_image,
-            seed=seed,
-        )
-        plans[algorithm] = _plan_stats(build_plan(dataset, params), bound)
-    formats = np.bincount(images["format"], minlength=max(ImageFormat) + 1)
-    sources = records["source"].astype(np.int64)
+    ids, counts = dataset.image_ids(np.arange(len(records)))
+    samples = Samples(lengths, counts, ids)
+    params = PlanParams("balanced", seq_length, tokens_per_image, seed)
+    packed = {
+        name: pack_dataset(dataset, samples, strategy=name, params=params) for name in STRATEGIES
+    }
     return {
         "path": str(dataset.path),
         "counts": dataset.manifest.counts.model_dump(),
-        "sources": [
-            {**source.model_dump(), "samples": int(np.count_nonzero(sources == number))}
-            for number, source in enumerate(dataset.manifest.sources)
-        ],
         "vocab_size": dataset.manifest.tokenizer.vocab_size,
         "trained_share": round(float(records["trained_len"].sum()) / max(1, lengths.sum()), 5),
-        "text_only_samples": int(np.count_nonzero(records["n_images"] == 0)),
-        "several_images_samples": int(np.count_nonzero(records["n_images"] > 1)),
-        "samples_per_image": round(len(dataset.image_refs) / max(1, dataset.num_images), 3),
-        "image_formats": {fmt.name: int(formats[fmt]) for fmt in ImageFormat if formats[fmt]},
-        "image_width": _spread(images["width"]),
-        "image_height": _spread(images["height"]),
+        "text_only_samples": int(np.count_nonzero(counts == 0)),
+        "several_images_samples": int(np.count_nonzero(counts > 1)),
         "text_length": _spread(records["tok_len"]),
         "length": _spread(lengths),
-        "seq_length": seq_length,
+        "length_histogram": _histogram(lengths),
         "tokens_per_image": tokens_per_image,
-        "too_long": int(len(lengths) - len(kept)),
-        "packing": plans,
+        "too_long": int(np.count_nonzero(lengths > seq_length)),
+        "repeated_samples": len(records) - len(np.unique(records["text_hash"])),
+        "tokens": _token_kinds(dataset, tokens_per_image),
+        "sources": _sources(dataset, tokens_per_image),
+        "rejects": _rejects(dataset.path / REJECTS),
+        **_images(dataset, ids),
+        **_packing(
+            packed,
+            seq_length=seq_length,
+            patches_per_image=patches_per_image,
+            data_parallel=data_parallel,
+            seed=seed,
+            waste_limit=_DATASET_WASTE,
+        ),
     }
 
 
-def _spread_text(spread: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in spread.items()) or "none"
+def _token_kinds(dataset: Dataset, tokens_per_image: int) -> dict[str, int]:
+    """Positions of the whole dataset by what stands there, images expanded."""
+    spans = dataset.spans
+    by_role = np.bincount(spans["role"], weights=spans["len"], minlength=max(Role) + 1)
+    kinds = {role.name.lower(): int(by_role[role]) for role in Role if by_role[role]}
+    text = int(dataset.sample_index["tok_len"].sum())
+    kinds["template"] = text - sum(kinds.values())
+    # Sentinels lie inside user, system or tool spans; nearly always user.
+    images = len(dataset.image_refs)
+    holder = "user" if kinds.get("user", 0) >= images else "template"
+    kinds[holder] -= images
+    kinds["image"] = images * tokens_per_image
+    return kinds
 
 
-def stats_text(stats: dict[str, Any]) -> str:
-    """The same for people, a few lines."""
-    counts = stats["counts"]
-    formats = ", ".join(f"{count} {name}" for name, count in stats["image_formats"].items())
-    lines = [
-        stats["path"],
-        f"  samples   {counts['samples']} ({stats['text_only_samples']} text only, "
-        f"{stats['several_images_samples']} with several images), {counts['rejected']} rejected",
-        f"  images    {counts['images']} ({formats or 'none'}), "
-        f"{stats['samples_per_image']:g} samples an image",
-        f"  width     {_spread_text(stats['image_width'])}",
-        f"  height    {_spread_text(stats['image_height'])}",
-        f"  tokens    {counts['tokens']} stored, vocabulary {stats['vocab_size']}, "
-        f"{100 * stats['trained_share']:.1f} % of positions trained",
-        f"  length    {_spread_text(stats['length'])} (an image is {stats['tokens_per_image']})",
-        f"  too long  {stats['too_long']} for {stats['seq_length']}",
-    ]
-    lines += [
-        f"  source    {source['name']}: {source['samples']} samples, {source['rejected']} rejected"
-        for source in stats["sources"]
-    ]
-    lines.append(f"  packing into {stats['seq_length']}:")
-    for name, plan in stats["packing"].items():
-        images, distinct = plan["images_per_sequence"], plan["distinct_images_per_sequence"]
-        lines.append(
-            f"    {name:9} {plan['sequences']} sequences (at least {plan['lower_bound']}), "
-            f"padding waste {100 * plan['padding_waste']:.2f} %, "
-            f"samples {plan['samples_per_sequence']['mean']:.1f}, "
-            f"images {images['mean']:.1f} +- {images['sd']:.1f}, distinct {distinct['mean']:.1f}"
+def _sources(dataset: Dataset, tokens_per_image: int) -> list[dict[str, Any]]:
+    records = dataset.sample_index
+    number, width = records["source"].astype(np.int64), len(dataset.manifest.sources)
+
+    def per_source(values: np.ndarray | None = None) -> list[int]:
+        return np.bincount(number, weights=values, minlength=width).astype(np.int64).tolist()
+
+    columns = (
+        per_source(),
+        per_source(records["tok_len"].astype(np.int64) - records["n_images"]),
+        per_source(records["n_images"].astype(np.int64) * tokens_per_image),
+        per_source(records["trained_len"]),
+    )
+    return [
+        {
+            **source.model_dump(),
+            "samples": samples,
+            "text_tokens": text,
+            "image_positions": image,
+            "trained_tokens": trained,
+        }
+        for source, samples, text, image, trained in zip(
+            dataset.manifest.sources, *columns, strict=True
         )
-    return "\n".join(lines)
+    ]
+
+
+def _rejects(ledger: Path) -> dict[str, int]:
+    """Rows of the ledger by reason, most frequent first."""
+    with open(ledger, encoding="ascii") as file:
+        reasons = Counter(json.loads(line)["reason"] for line in file)
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _images(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
+    """Formats, sizes, and the images that most samples ask about."""
+    images = dataset.image_index
+    formats = np.bincount(images["format"], minlength=max(ImageFormat) + 1)
+    sizes = np.stack([images["width"], images["height"]], axis=1).astype(np.int64)
+    cells, counts = np.unique(sizes, axis=0, return_counts=True)
+    largest = np.sort(np.argsort(-counts, kind="stable")[:_MAX_RESOLUTIONS])
+    uses = np.bincount(ids, minlength=len(images))
+    top = np.argsort(-uses, kind="stable")[:_TOP_IMAGES]
+    return {
+        "samples_per_image": round(len(ids) / max(1, len(images)), 3),
+        "image_formats": {fmt.name: int(formats[fmt]) for fmt in ImageFormat if formats[fmt]},
+        "image_width": _spread(images["width"]),
+        "image_height": _spread(images["height"]),
+        "distinct_resolutions": len(cells),
+        "resolutions": np.column_stack([cells, counts])[largest].tolist(),
+        "top_images": [
+            {"image": image, "places": int(uses[image])} for image in top.tolist() if uses[image]
+        ],
+    }

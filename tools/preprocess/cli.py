@@ -18,12 +18,12 @@ from ghostvis_mega.data.manifest import Manifest
 from ghostvis_mega.data.plan import PlanParams, build_plan, save_plan
 from ghostvis_mega.data.readers.easy_vqa import easy_vqa_source, easy_vqa_text
 from ghostvis_mega.data.readers.llava import llava_source, llava_text
-from ghostvis_mega.data.stats import dataset_stats, stats_text
 from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError, GhostVisError
 from tools.preprocess import dedupe, operations
+from tools.preprocess.stats import stats_command
 
 BAD_INPUT = 2
 FOUND_PROBLEMS = 1
@@ -200,28 +200,6 @@ def plan_command(
     )
 
 
-@app.command("stats")
-def stats_command(
-    dataset: DatasetPath,
-    seq_length: SeqLength = 4096,
-    tokens_per_image: TokensPerImage = 64,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Counts, lengths, and how full the sequences are under each way of packing.
-
-    Example: python -m tools.preprocess stats train.gvd --seq-length 1024 --tokens-per-image 16
-    """
-    with Dataset.open(dataset) as opened:
-        stats = dataset_stats(
-            opened, seq_length=seq_length, tokens_per_image=tokens_per_image, seed=seed
-        )
-    if as_json:
-        _print_json(stats)
-    else:
-        print(stats_text(stats))
-
-
 @app.command("verify")
 def verify_command(
     dataset: DatasetPath,
@@ -247,6 +225,9 @@ def verify_command(
 
 operations.register(app)
 dedupe.register(app)
+
+
+app.command("stats")(stats_command)
 
 
 def main(arguments: list[str] | None = None) -> int:
