@@ -201,7 +201,13 @@ def write_parts(
 
 def _writer(part: Part, described: list[dict[str, str]], *, force: bool) -> DatasetWriter:
     dataset = part.pieces[0].dataset
-    return DatasetWriter(part.path, tokenizer=dataset.tokenizer, sources=described, force=force)
+    return DatasetWriter(
+        part.path,
+        tokenizer=dataset.tokenizer,
+        template=dataset.manifest.template.name,
+        sources=described,
+        force=force,
+    )
 
 
 def part_summary(part: Part) -> dict[str, Any]:
