@@ -1,0 +1,137 @@
+"""Damage that shows while training: the batch keeps its shape, the rest is untouched, the run stops
+when it is too much."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.source import BatchSource
+from ghostvis_mega.utils.errors import DataError
+
+HERE = Path(__file__).resolve().parent
+_spec = importlib.util.spec_from_file_location("bad_feeds", HERE / "feeds.py")
+assert _spec is not None and _spec.loader is not None
+feeds = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(feeds)
+
+ALONE = ("data.blend=[]", "data.blend_changes=[]", "data.augment=false")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    feeds.write_blend(tmp_path)
+    return tmp_path
+
+
+def _flip(file: Path, offset: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 0xFF
+    file.write_bytes(data)
+
+
+def _damage_samples(folder: Path, samples: list[int]) -> None:
+    records = Dataset.open(folder / "a.gvd").sample_index
+    for sample in samples:
+        last = int(records["tok_off"][sample]) + int(records["tok_len"][sample]) - 1
+        _flip(folder / "a.gvd" / "samples/tokens.bin", 2 * last)
+
+
+def _ledger(folder: Path) -> list[dict]:
+    file = folder / "run" / "rejected_at_run_time.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _step_of(feed, sample: int) -> int:  # noqa: ANN001
+    return next(k for k in range(100) if sample in _samples(feed.source.global_batch(k)))
+
+
+def _samples(batch) -> set[int]:  # noqa: ANN001
+    return {index for row in batch.sequences for index in row.sample_ids}
+
+
+def test_a_damaged_sample_keeps_its_shape_and_trains_nothing(folder: Path) -> None:
+    good = feeds.open_feed(folder, *ALONE)
+    with_image = int(good.corpus.datasets[0].sample_index["n_images"].argmax())
+    step = _step_of(good, with_image)
+    _, before = good.get(step)
+    _damage_samples(folder, [with_image])
+    feed = feeds.open_feed(folder, *ALONE)
+    batch, after = feed.get(step)
+    assert batch == good.source.global_batch(step)
+    assert after.dispatch == before.dispatch
+    touched = 0
+    for old, new in zip(before.micro_batches, after.micro_batches, strict=True):
+        assert torch.equal(old.cu_seqlens, new.cu_seqlens)
+        assert torch.equal(old.positions_BS, new.positions_BS)
+        assert [slot.image_id for slot in old.images] == [slot.image_id for slot in new.images]
+        for place, sample in enumerate(old.sample_ids):
+            part = slice(int(old.cu_seqlens[place]), int(old.cu_seqlens[place + 1]))
+            if sample != with_image:
+                for name in ("tokens_BS", "labels_BS", "weights_BS"):
+                    assert torch.equal(getattr(old, name)[:, part], getattr(new, name)[:, part])
+                continue
+            touched += 1
+            assert old.weights_BS[:, part].sum() > 0
+            assert new.weights_BS[:, part].sum() == 0
+            assert new.labels_BS[:, part].sum() == 0
+            slots = [slot for slot in new.images if part.start <= slot.start < part.stop]
+            image = new.tokens_BS[0, slots[0].start]
+            width = good.run.model.tokens_per_image
+            assert (new.tokens_BS[0, slots[0].start : slots[0].start + width] == image).all()
+    assert touched == 1
+    assert feed.bad_samples.count == 1
+    (line,) = _ledger(folder)
+    assert (line["kind"], line["sample"], line["rank"]) == ("sample", with_image, 0)
+    assert "does not match its crc" in line["why"]
+    feed.get(step)  # read again, as after a resume: it is known and not counted twice
+    assert feed.bad_samples.count == len(_ledger(folder)) == 1
+
+
+def test_a_damaged_picture_is_black_and_the_others_are_not(folder: Path) -> None:
+    good = feeds.open_feed(folder, *ALONE)
+    batch, before = good.get(0)
+    image = batch.image_ids[2]
+    record = good.corpus.datasets[0].image_index[image]
+    _flip(folder / "a.gvd" / "media/00000.tar", int(record["offset"]) + int(record["size"]) // 2)
+    feed = feeds.open_feed(folder, *ALONE)
+    _, after = feed.get(0)
+    same = (before.pixels_N3hw == after.pixels_N3hw).flatten(1).all(dim=1)
+    assert same.tolist() == [index != 2 for index in range(len(batch.image_ids))]
+    assert after.pixels_N3hw[2].sum() == 0 < before.pixels_N3hw[2].sum()
+    (line,) = _ledger(folder)
+    assert (line["kind"], line["image"]) == ("image", image)
+
+
+def test_more_damage_than_the_budget_stops_the_run_with_the_list(folder: Path) -> None:
+    bad = list(range(0, 120, 10))  # 12 of 400; 10 are always allowed
+    _damage_samples(folder, bad)
+    allowed = feeds.open_feed(folder, *ALONE, "data.bad_sample_budget=0.03")
+    assert allowed.bad_samples.limit == 12
+    for step in range(20):
+        allowed.get(step)
+    assert allowed.bad_samples.count == 12
+    feed = feeds.open_feed(folder, *ALONE, workers=2)
+    assert feed.bad_samples.limit == 10
+    with pytest.raises(DataError, match="11 damaged samples or images, more than") as caught:
+        for step in range(20):
+            feed.get(step)
+    feed.close()
+    listed = [sample for sample in bad if f"sample {sample}" in str(caught.value)]
+    assert len(listed) >= 11
+    assert "rejected_at_run_time.jsonl" in str(caught.value)
+
+
+def test_without_a_ledger_damage_is_an_error(folder: Path) -> None:
+    _damage_samples(folder, [0])
+    source = BatchSource(
+        Dataset.open(folder / "a.gvd"),
+        seq_length=256, global_size=400, micro_size=1, data_parallel=1, packing=False,
+        tokens_per_image=16, seed=0,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="sample 0 .* does not match its crc"):
+        for row in source.global_batch(0).sequences:
+            source.micro_batch((row,))
