@@ -22,7 +22,7 @@ from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError, GhostVisError
-from tools.preprocess import dedupe, operations
+from tools.preprocess import dedupe, export, operations
 from tools.preprocess.stats import stats_command
 
 BAD_INPUT = 2
@@ -224,6 +224,7 @@ def verify_command(
 
 
 operations.register(app)
+export.register(app)
 dedupe.register(app)
 
 

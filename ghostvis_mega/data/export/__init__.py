@@ -1,0 +1,1 @@
+"""Prepared datasets in the formats of other programs."""
