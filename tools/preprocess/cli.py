@@ -23,6 +23,7 @@ from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError, GhostVisError
 from tools.preprocess import dedupe, export, operations
+from tools.preprocess.inspect_packs import inspect_command
 from tools.preprocess.stats import stats_command
 
 BAD_INPUT = 2
@@ -229,6 +230,7 @@ dedupe.register(app)
 
 
 app.command("stats")(stats_command)
+app.command("inspect")(inspect_command)
 
 
 def main(arguments: list[str] | None = None) -> int:
