@@ -31,6 +31,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "demo": ["easy-vqa"],
+    "data": ["pyarrow", "tiktoken"],
     "dev": [
         "pytest>=8.4",
         "pytest-timeout",
@@ -38,6 +39,8 @@ EXTRAS = {
         # New minor releases of ruff bring new findings; the same checkout must stay clean.
         "ruff==0.17.*",
         "tensorboard",
+        "pyarrow",
+        "tiktoken",
     ],
 }
 

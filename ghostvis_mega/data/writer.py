@@ -165,6 +165,9 @@ class DatasetWriter:
         self._rows[source] += 1
         self._rejected[source] += 1
 
+    def end_row(self) -> None:
+        """Called after each row of a source, when all of it is stored or in the ledger."""
+
     def _write_key(self, key: str, answers: Sequence[str]) -> None:
         key_bytes = key.encode()
         answer_bytes = json.dumps(list(answers), ensure_ascii=False).encode()

@@ -73,6 +73,34 @@ class HashingFile:
         self._digest = hashlib.sha256()
         self.size_bytes = 0
 
+    @classmethod
+    def resume(cls, path: Path, *, size: int) -> "HashingFile":
+        """Go on behind the first `size` bytes of a file; what follows them is cut off.
+
+        Raises:
+            ValueError: the file is shorter.
+        """
+        self = cls.__new__(cls)
+        self._file = open(path, "r+b", buffering=_CHUNK_BYTES)  # noqa: SIM115 - closed by close()
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+        while self.size_bytes < size:
+            chunk = self._file.read(min(_CHUNK_BYTES, size - self.size_bytes))
+            if not chunk:
+                self._file.close()
+                raise ValueError(f"{path} ends before its byte {size}")
+            self._digest.update(chunk)
+            self.size_bytes += len(chunk)
+        self._file.seek(size)
+        self._file.truncate()
+        return self
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append `data`."""
         self._file.write(data)

@@ -7,14 +7,13 @@
 "<image>" belongs to the notation, not to the text, and is dropped. Addresses are never fetched.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ghostvis_mega.data.ingest import BadRow, Row, Source
+from ghostvis_mega.data.readers.common import check_folder, documents, image_path
 from ghostvis_mega.data.template import ImagePart, RowError, Turn
-from ghostvis_mega.utils.errors import DataError
 
 PLACEHOLDER = "<image>"
 _ROLES = {
@@ -28,33 +27,6 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-
-
-def _documents(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """(row number, parsed row or None, what is wrong with it)."""
-    try:
-        if path.suffix.lower() == ".jsonl":
-            with open(path, "rb") as file:
-                for number, line in enumerate(file):
-                    if line.strip():
-                        yield number, *_parse(line)
-            return
-        rows, problem = _parse(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if problem:
-        raise DataError(f"{path} is not valid JSON ({problem}); JSON lines need the ending .jsonl")
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds a JSON {type(rows).__name__}, expected a list of rows")
-    for number, row in enumerate(rows):
-        yield number, row, ""
-
-
-def _parse(data: bytes) -> tuple[Any, str]:
-    try:
-        return json.loads(data), ""
-    except (ValueError, RecursionError) as error:
-        return None, str(error) or type(error).__name__
 
 
 def _parts(text: str) -> tuple[str | ImagePart, ...]:
@@ -82,23 +54,6 @@ def _turn(number: int, turn: Any) -> Turn:
     return Turn(_ROLES.get(speaker.lower(), speaker), _parts(text))
 
 
-def _image_path(name: Any, folder: Path | None) -> Path:
-    """File of an image; names from a data file must not leave the folder."""
-    if not isinstance(name, str) or not name:
-        raise RowError("bad_image_name", f"image name {name!r} is not a text")
-    if "://" in name or name.startswith("data:"):
-        raise RowError("image_is_url", f"{name[:80]}: addresses are not fetched, download it first")
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise RowError("image_outside_folder", f"{name!r} leaves the image folder")
-    if folder is None:
-        raise DataError("the rows have images: give their folder with --images")
-    path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise RowError("image_outside_folder", f"{name!r} links out of the image folder")
-    return path
-
-
 def _row(document: Any, *, key: str, folder: Path | None) -> Row:
     if not isinstance(document, dict):
         raise RowError("bad_row", f"the row is a JSON {type(document).__name__}, not an object")
@@ -113,7 +68,7 @@ def _row(document: Any, *, key: str, folder: Path | None) -> Row:
     return Row(
         key=key,
         turns=tuple(_turn(number, turn) for number, turn in enumerate(conversation)),
-        images=tuple(_image_path(name, folder) for name in names),
+        images=tuple(image_path(name, folder) for name in names),
     )
 
 
@@ -125,9 +80,8 @@ def llava_rows(
     Raises:
         DataError: the file cannot be read, or its rows have images and there is no folder.
     """
-    if image_folder is not None and not image_folder.is_dir():
-        raise DataError(f"image folder {image_folder} is not a directory")
-    for number, document, problem in _documents(path):
+    check_folder(image_folder)
+    for number, document, problem in documents(path):
         if limit is not None and number >= limit:
             return
         name = document.get("id") if isinstance(document, dict) else None
@@ -148,7 +102,7 @@ def llava_source(path: Path, *, image_folder: Path | None, limit: int | None = N
 
 def llava_text(path: Path) -> Iterator[str]:
     """All text of a file, for a tokenizer; rows that cannot be read are passed over."""
-    for _, document, _ in _documents(path):
+    for _, document, _ in documents(path):
         conversation = document.get("conversations") if isinstance(document, dict) else None
         for number, turn in enumerate(conversation if isinstance(conversation, list) else []):
             try:

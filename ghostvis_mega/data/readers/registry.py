@@ -1,0 +1,130 @@
+"""Input formats by name: what each needs, and the rows and texts it gives."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ghostvis_mega.data.ingest import BadRow, Row, Source
+from ghostvis_mega.data.readers import easy_vqa, llava, text, vqa
+from ghostvis_mega.utils.errors import DataError
+
+Rows = Iterator[Row | BadRow]
+
+
+class SourceSpec(BaseModel):
+    """One input, as a recipe or a command line describes it.
+
+    Args:
+        path: file of rows, or folder.
+        images: folder of the pictures.
+        annotations: second file (vqav2).
+        split: split of a packaged dataset (easy-vqa).
+        limit: take the first rows only.
+        prompt: question that captions answer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    path: Path | None = None
+    images: Path | None = None
+    annotations: Path | None = None
+    split: str = "train"
+    limit: int | None = Field(default=None, ge=1)
+    prompt: str = vqa.CAPTION_PROMPT
+    name: str | None = None
+    license: str = ""
+
+    def file(self) -> Path:
+        """The file of rows; DataError if none is named."""
+        if self.path is None:
+            raise DataError(f"the format {self.format} needs a file of rows")
+        return self.path
+
+
+@dataclass(frozen=True)
+class Format:
+    """A reader: rows of an input, and a line of help."""
+
+    rows: Callable[[SourceSpec], Rows]
+    help: str
+
+
+def _vqav2(spec: SourceSpec) -> Rows:
+    if spec.annotations is None:
+        raise DataError("the format vqav2 needs the annotations file as well: --annotations")
+    return vqa.vqav2_rows(
+        spec.file(), annotations=spec.annotations, images=spec.images, limit=spec.limit
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "easy-vqa": Format(
+        lambda spec: easy_vqa.easy_vqa_rows(spec.split, limit=spec.limit),
+        "pictures and questions of the easy-vqa package",
+    ),
+    "llava": Format(
+        lambda spec: llava.llava_rows(spec.file(), image_folder=spec.images, limit=spec.limit),
+        "LLaVA / ShareGPT conversations, JSON or JSON lines",
+    ),
+    "coco-captions": Format(
+        lambda spec: vqa.coco_caption_rows(
+            spec.file(), images=spec.images, limit=spec.limit, prompt=spec.prompt
+        ),
+        "captions_train2017.json of COCO",
+    ),
+    "vqav2": Format(_vqav2, "VQAv2 questions, with --annotations"),
+    "textvqa": Format(
+        lambda spec: vqa.textvqa_rows(spec.file(), images=spec.images, limit=spec.limit),
+        "TextVQA_0.5.1_train.json",
+    ),
+    "chartqa": Format(
+        lambda spec: vqa.chartqa_rows(spec.file(), images=spec.images, limit=spec.limit),
+        "train_human.json of ChartQA",
+    ),
+    "chat": Format(
+        lambda spec: text.chat_rows(spec.file(), limit=spec.limit),
+        "SmolTalk-style `messages`: parquet, JSON or JSON lines",
+    ),
+    "text": Format(
+        lambda spec: text.text_rows(spec.file(), limit=spec.limit),
+        "documents: text files, a folder of them, or a column `text` (parquet, JSON lines)",
+    ),
+    "csv": Format(
+        lambda spec: text.csv_rows(
+            spec.file(), images=spec.images, limit=spec.limit, prompt=spec.prompt
+        ),
+        "a CSV file beside its pictures",
+    ),
+}
+
+
+def find_format(name: str) -> Format:
+    """The format called `name`; DataError naming all of them."""
+    if name not in FORMATS:
+        raise DataError(f"there is no input format {name!r}: use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def open_source(spec: SourceSpec) -> Source:
+    """The input as a source for `ingest`; rows are read when they are asked for."""
+    rows = find_format(spec.format).rows(spec)
+    if spec.format == "easy-vqa":
+        name, licence = f"{easy_vqa.NAME}/{spec.split}", spec.license or "MIT"
+    else:
+        name, licence = spec.file().stem, spec.license
+    return Source(name=spec.name or name, rows=rows, license=licence)
+
+
+def source_text(spec: SourceSpec) -> Iterator[str]:
+    """All text of an input, for a tokenizer; rows that cannot be read are passed over."""
+    if spec.format == "easy-vqa":
+        yield from easy_vqa.easy_vqa_text(spec.split)
+    elif spec.format == "llava":
+        yield from llava.llava_text(spec.file())
+    else:
+        for row in find_format(spec.format).rows(spec):
+            if isinstance(row, Row):
+                yield from (turn.text for turn in row.turns)

@@ -1,0 +1,139 @@
+"""Chats and documents without pictures, and pictures listed in a CSV file."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ghostvis_mega.data.ingest import BadRow, Row
+from ghostvis_mega.data.readers.common import (
+    check_folder,
+    documents,
+    image_path,
+    list_field,
+    make_rows,
+    parquet_rows,
+    text_field,
+    visual_question,
+)
+from ghostvis_mega.data.readers.vqa import CAPTION_PROMPT
+from ghostvis_mega.data.template import DOCUMENT, RowError, Turn
+from ghostvis_mega.utils.errors import DataError
+
+_TEXT_ENDINGS = (".txt", ".md")
+_IMAGE_COLUMNS = ("image", "file_name", "filepath")
+_CAPTION_COLUMNS = ("caption", "text", "title")
+
+
+def _items(path: Path, column: str, optional: tuple[str, ...]) -> Iterator[Any]:
+    """Rows of parquet, JSON or JSON lines; a broken line is an item that is no dictionary."""
+    if path.suffix.lower() == ".parquet":
+        yield from parquet_rows(path, (column,), optional)
+    else:
+        for _, item, problem in documents(path):
+            yield _Broken(problem) if problem else item
+
+
+class _Broken(str):
+    """What is wrong with a line."""
+
+
+def _check_line(item: Any) -> None:
+    if isinstance(item, _Broken):
+        raise RowError("bad_json", str(item))
+
+
+def chat_rows(path: Path, *, limit: int | None = None) -> Iterator[Row | BadRow]:
+    """SmolTalk's layout: `messages`, a list of {role, content}; parquet, JSON or JSON lines."""
+
+    def make(row: Any, key: str) -> Row:
+        _check_line(row)
+        turns = tuple(
+            Turn(text_field(message, "role"), (text_field(message, "content"),))
+            for message in list_field(row, "messages")
+        )
+        return Row(key=key, turns=turns)
+
+    items = _items(path, "messages", ("id",))
+    yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
+
+
+def text_rows(path: Path, *, limit: int | None = None) -> Iterator[Row | BadRow]:
+    """Documents: FineWeb's layout (a column `text`; parquet, JSON or JSON lines), or text files.
+
+    A text file is a document; of a folder, all .txt and .md files below it are, ordered by name.
+    """
+    if path.is_dir() or path.suffix.lower() in _TEXT_ENDINGS:
+        yield from make_rows(path.stem, _text_files(path), _text_file_row(path), limit=limit)
+        return
+
+    def make(row: Any, key: str) -> Row:
+        _check_line(row)
+        return Row(key=key, turns=(Turn(DOCUMENT, (text_field(row, "text"),)),))
+
+    items = _items(path, "text", ("id",))
+    yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
+
+
+def _text_files(path: Path) -> Iterator[Path]:
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    if not path.is_dir():
+        yield path
+        return
+    found = (file for file in path.rglob("*") if file.suffix.lower() in _TEXT_ENDINGS)
+    yield from sorted(file for file in found if file.is_file())
+
+
+def _text_file_row(folder: Path) -> Any:
+    def make(file: Path, key: str) -> Row:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RowError("bad_text", f"{file.name}: {error}") from error
+        name = file.relative_to(folder).as_posix() if folder.is_dir() else file.name
+        return Row(key=f"{key}/{name}", turns=(Turn(DOCUMENT, (text,)),))
+
+    return make
+
+
+def csv_rows(
+    path: Path, *, images: Path | None, limit: int | None = None, prompt: str = CAPTION_PROMPT
+) -> Iterator[Row | BadRow]:
+    """An image folder and a CSV file with a header line.
+
+    Columns: `image` (or file_name, filepath), and either `question` and `answer`, or `caption` (or
+    text, title). The folder is the CSV file's own if none is given.
+    """
+    check_folder(images)
+    folder = path.parent if images is None else images
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            columns = table.fieldnames or ()
+            picture = next((name for name in _IMAGE_COLUMNS if name in columns), None)
+            caption = next((name for name in _CAPTION_COLUMNS if name in columns), None)
+            asked = {"question", "answer"} <= set(columns)
+            if picture is None or not (asked or caption):
+                raise DataError(
+                    f"{path} needs a header line with `image`, and `caption` or `question` and "
+                    f"`answer`; it has {', '.join(columns) or 'none'}"
+                )
+
+            def make(row: Any, key: str) -> Row:
+                if None in row or None in row.values():
+                    raise RowError("bad_row", f"the row does not have {len(columns)} cells")
+                question = row["question"] if asked else prompt
+                answer = row["answer"] if asked else row[caption]
+                return Row(
+                    key=key,
+                    turns=visual_question(question, answer),
+                    images=(image_path(row[picture], folder),),
+                    answers=(answer,),
+                )
+
+            yield from make_rows(path.stem, table, make, limit=limit)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8 ({error})") from error
