@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ghostvis_mega.data.manifest import TokenizerInfo
 from ghostvis_mega.data.pixels import ImageError, ImageInfo, probe
 from ghostvis_mega.data.template import ChatTemplate, Encoded, RowError, Turn
@@ -41,6 +43,17 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """A document that is tokens already, of the tokenizer that ingest is given.
+
+    `tokens` is an integer array [n]; an end-of-text token in the last place is kept as such.
+    """
+
+    key: str
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
 class BadRow:
     """A row that its reader could not understand."""
 
@@ -63,7 +76,7 @@ Picture = tuple[bytes, ImageInfo]
 class Block:
     """Rows with the numbers of their sources; `fresh` files are in no earlier block."""
 
-    rows: tuple[tuple[int, Row | BadRow], ...]
+    rows: tuple[tuple[int, Row | TokenRow | BadRow], ...]
     fresh: frozenset[Path]
 
 
@@ -121,15 +134,21 @@ class Encoder:
         return result
 
     def _row(
-        self, row: Row | BadRow, fresh: frozenset[Path], pictures: dict[Path, Picture | Refusal]
+        self,
+        row: Row | TokenRow | BadRow,
+        fresh: frozenset[Path],
+        pictures: dict[Path, Picture | Refusal],
     ) -> tuple[list[Encoded] | Refusal, tuple[ImageInfo | None, ...]]:
         if isinstance(row, BadRow):
             return Refusal(row.reason, row.detail), ()
         try:
+            if isinstance(row, TokenRow):
+                _check_text(row.key)
+                return self._template.split_tokens(row.tokens, max_tokens=self._max_tokens), ()
             encoded = self._template.encode_split(
                 row.turns, num_images=len(row.images), max_tokens=self._max_tokens
             )
-            _check_text(row)
+            _check_text(row.key, *row.answers)
             infos = tuple(None if isinstance(i, Path) else probe(i) for i in row.images)
         except (RowError, ImageError) as error:
             return Refusal(error.reason, error.detail), ()
@@ -139,9 +158,9 @@ class Encoder:
         return encoded, infos
 
 
-def _check_text(row: Row) -> None:
+def _check_text(*texts: str) -> None:
     """Key and answers are stored as UTF-8."""
-    for text in (row.key, *row.answers):
+    for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -19,6 +19,7 @@ from ghostvis_mega.data.encode import (
     Refusal,
     Result,
     Row,
+    TokenRow,
     encode_blocks,
     read_picture,
 )
@@ -29,7 +30,7 @@ from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.data.writer import DatasetWriter, content_hash
 from ghostvis_mega.utils.errors import DataError
 
-__all__ = ["BadRow", "DryRun", "Row", "Source", "dry_run", "ingest", "store_rows"]
+__all__ = ["BadRow", "DryRun", "Row", "Source", "TokenRow", "dry_run", "ingest", "store_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class _Importer:
         self._asked: set[Path] = set()
         self._known: dict[Path, int | Refusal] = {}
 
-    def blocks(self, rows: Iterator[tuple[int, Row | BadRow]]) -> Iterator[Block]:
+    def blocks(self, rows: Iterator[tuple[int, Row | TokenRow | BadRow]]) -> Iterator[Block]:
         """Rows in blocks; each file is read in the block that names it first."""
         while block := tuple(islice(rows, BLOCK_ROWS)):
             named = {
@@ -227,24 +228,35 @@ class _Importer:
         for (source, row), encoded, infos in zip(
             block.rows, result.rows, result.inline, strict=True
         ):
-            image_ids = (
-                self._store_images(row, infos, result)
-                if isinstance(row, Row) and isinstance(encoded, list)
-                else encoded
-            )
-            if isinstance(image_ids, Refusal):
-                self._sink.reject(
-                    key=row.key, source=source, reason=image_ids.reason, detail=image_ids.detail
-                )
+            stored: list[int] | Refusal = []
+            if isinstance(encoded, Refusal):
+                stored = encoded
             elif isinstance(row, Row):
-                self._add(row, encoded, image_ids, source)
+                stored = self._store_images(row, infos, result)
+            if isinstance(stored, Refusal):
+                self._sink.reject(
+                    key=row.key, source=source, reason=stored.reason, detail=stored.detail
+                )
+            else:
+                answers = row.answers if isinstance(row, Row) else ()
+                self._add(row.key, answers, encoded, stored, source)
             self._sink.end_row()
 
-    def _add(self, row: Row, parts: list[Encoded], image_ids: list[int], source: int) -> None:
+    def _add(
+        self,
+        key: str,
+        answers: tuple[str, ...],
+        parts: list[Encoded],
+        image_ids: list[int],
+        source: int,
+    ) -> None:
         for number, part in enumerate(parts):
-            key = row.key if len(parts) == 1 else f"{row.key}#{number}"
             self._sink.add_sample(
-                part, key=key, answers=row.answers, image_ids=image_ids, source=source
+                part,
+                key=key if len(parts) == 1 else f"{key}#{number}",
+                answers=answers,
+                image_ids=image_ids,
+                source=source,
             )
 
     def _store_images(

@@ -230,14 +230,29 @@ class ChatTemplate:
         Each part but the last has exactly `max_tokens`; only the last has the end-of-text token.
         """
         whole = self.encode(turns, num_images=num_images)
-        tokens = whole.tokens.tolist()
-        if turns[0].role != DOCUMENT or max_tokens is None or len(tokens) <= max_tokens:
+        if turns[0].role != DOCUMENT or max_tokens is None:
             return [whole]
+        return self._cut(whole.tokens.tolist(), max_tokens=max_tokens)
+
+    def split_tokens(self, tokens: np.ndarray, *, max_tokens: int | None) -> list[Encoded]:
+        """A document whose tokens are ready; RowError if they are not of this tokenizer."""
+        size, ids = self._tokenizer.vocab_size, np.asarray(tokens, dtype=np.int64)
+        if not len(ids):
+            raise RowError("empty_document", "the document has no tokens")
+        if ids.min() < 0 or ids.max() >= size:
+            raise RowError("unknown_token", f"token {ids.max()} of a vocabulary of {size}")
+        if (ids == self._image).any():
+            raise RowError("document_image", "a document holds text alone: use a conversation")
+        return self._cut(ids.tolist(), max_tokens=max_tokens or len(ids))
+
+    def _cut(self, tokens: list[int], *, max_tokens: int) -> list[Encoded]:
+        """Parts of `max_tokens`; what opens a document is not trained, all else is."""
+        opened = len(self._begin) if tokens[: len(self._begin)] == self._begin else 0
         parts = []
         for start in range(0, len(tokens), max_tokens):
             part = tokens[start : start + max_tokens]
-            begin = len(self._begin) if start == 0 else 0
-            parts.append(self._document(part, begin=begin, ends=start + max_tokens >= len(tokens)))
+            ends = part[-1] == self._text_end
+            parts.append(self._document(part, begin=0 if start else opened, ends=ends))
         return parts
 
     def prompt(self, question: str, *, num_images: int) -> list[int]:

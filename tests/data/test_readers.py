@@ -5,11 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ghostvis_mega.data.dataset import Dataset
-from ghostvis_mega.data.ingest import BadRow, Row, ingest
+from ghostvis_mega.data.ingest import BadRow, Row, Source, TokenRow, ingest
+from ghostvis_mega.data.layout import Role
 from ghostvis_mega.data.readers.common import documents
 from ghostvis_mega.data.readers.registry import FORMATS, SourceSpec, open_source, source_text
 from ghostvis_mega.data.tokenizer import Tokenizer
@@ -329,3 +331,22 @@ def test_lists_are_read_in_pieces(
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(DataError, match="bad.json is not valid JSON"):
             list(documents(tmp_path / "bad.json"))
+
+
+def test_ready_tokens_are_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    end = tokenizer.specials["endoftext"]
+    rows = [
+        TokenRow("a", np.array([*tokenizer.encode("is there a circle?"), end], dtype=np.uint16)),
+        TokenRow("b", np.array([5, tokenizer.vocab_size])),
+        TokenRow("c", np.array([tokenizer.specials["image"]])),
+        TokenRow("d", np.array([], dtype=np.uint16)),
+    ]
+    path = tmp_path / "made.gvd"
+    ingest([Source("ready", rows)], tokenizer=tokenizer, path=path)
+    ledger = [json.loads(line) for line in (path / "rejects.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in ledger] == [
+        "unknown_token", "document_image", "empty_document"
+    ]  # fmt: skip
+    with Dataset.open(path) as dataset:
+        assert dataset.sample(0).tokens.tolist() == rows[0].tokens.tolist()
+        assert [Role(role) for role in dataset.sample(0).spans["role"]] == [Role.TEXT, Role.EOS]
