@@ -16,7 +16,7 @@ import numpy as np
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.manifest import PLANS_DIRECTORY
 from ghostvis_mega.data.order import shuffled
-from ghostvis_mega.data.packing import make_units, pack_balanced, pack_bfd
+from ghostvis_mega.data.packing import Ragged, make_units, pack_balanced, pack_bfd
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write, atomic_write_json, canonical_json
 
@@ -106,18 +106,33 @@ def _group_by_image(dataset: Dataset) -> np.ndarray:
 
 def _make_packs(
     dataset: Dataset, params: PlanParams, lengths: np.ndarray, kept: np.ndarray
-) -> list[list[int]]:
+) -> Ragged:
+    groups = None
+    if params.group_images and params.algorithm == "balanced":
+        groups = _group_by_image(dataset)
+    return pack_lengths(lengths, kept, groups, params)
+
+
+def pack_lengths(
+    lengths: np.ndarray, kept: np.ndarray, groups: np.ndarray | None, params: PlanParams
+) -> Ragged:
+    """Packs of the samples `kept`, unshuffled: what a plan is beside the dataset's files.
+
+    Args:
+        lengths: int64 [samples].
+        kept: int64: those that fit.
+        groups: int64 [samples]; equal numbers share a picture; None packs every sample alone.
+    """
     capacity, seed = params.seq_length, params.seed
     if params.algorithm == "none":
-        return [[sample] for sample in kept.tolist()]
+        return Ragged.singles(kept)
     if params.algorithm == "bfd":
         return pack_bfd(lengths, kept, capacity=capacity, seed=seed)
-    if params.group_images:
+    units = Ragged.singles(kept)
+    if groups is not None:
         limit = max(1, capacity // params.images_per_pack)
-        units = make_units(lengths[kept], _group_by_image(dataset)[kept], limit=limit, seed=seed)
-        units = [kept[unit].tolist() for unit in units]
-    else:
-        units = [[sample] for sample in kept.tolist()]
+        units = make_units(lengths[kept], groups[kept], limit=limit, seed=seed)
+        units = Ragged(units.offsets, kept[units.values])
     return pack_balanced(lengths, units, capacity=capacity, seed=seed)
 
 
@@ -147,27 +162,20 @@ def build_plan(dataset: Dataset, params: PlanParams) -> PackPlan:
             dataset.path, len(dropped), len(lengths), params.seq_length,
         )  # fmt: skip
     packs = _make_packs(dataset, params, lengths, kept)
-    packs = [packs[number] for number in shuffled(len(packs), params.seed, _SHUFFLE_KEY).tolist()]
-    segments = np.array([len(pack) for pack in packs], dtype=np.int64)
-    samples = np.fromiter(
-        (sample for pack in packs for sample in pack), dtype=np.int64, count=len(kept)
-    )
-    return _describe(
-        dataset, params, segments=segments, samples=samples, dropped=dropped, lengths=lengths
-    )
+    packs = packs.take(shuffled(len(packs), params.seed, _SHUFFLE_KEY))
+    return _describe(dataset, params, packs=packs, dropped=dropped, lengths=lengths)
 
 
 def _describe(
     dataset: Dataset,
     params: PlanParams,
     *,
-    segments: np.ndarray,
-    samples: np.ndarray,
+    packs: Ragged,
     dropped: np.ndarray,
     lengths: np.ndarray,
 ) -> PackPlan:
     """Costs of each pack from its samples."""
-    offsets = np.concatenate([[0], np.cumsum(segments)])
+    offsets, samples, segments = packs.offsets, packs.values, packs.counts
     planned = lengths[samples]
     image_ids, counts = dataset.image_ids(samples)
     pack_of_image = np.repeat(np.repeat(np.arange(len(segments)), segments), counts)

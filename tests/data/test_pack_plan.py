@@ -8,7 +8,12 @@ import pytest
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.order import hash_u64, permute, shuffled
-from ghostvis_mega.data.packing import make_units, pack_balanced, pack_bfd
+from ghostvis_mega.data.packing import (
+    Ragged,
+    make_units,
+    pack_balanced,
+    pack_bfd,
+)
 from ghostvis_mega.data.plan import PackPlan, PlanParams, build_plan, load_or_build, save_plan
 from ghostvis_mega.utils.errors import DataError
 
@@ -34,8 +39,8 @@ def _check(packs: list[list[int]], lengths: np.ndarray, capacity: int) -> None:
 def test_algorithms_place_every_sample_once(count: int) -> None:
     lengths = _lengths(count)
     units = make_units(lengths, np.arange(count) // 5, limit=1024, seed=0)
-    _check(pack_balanced(lengths, units, capacity=4096, seed=0), lengths, 4096)
-    _check(pack_bfd(lengths, np.arange(count), capacity=4096, seed=0), lengths, 4096)
+    _check(pack_balanced(lengths, units, capacity=4096, seed=0).lists(), lengths, 4096)
+    _check(pack_bfd(lengths, np.arange(count), capacity=4096, seed=0).lists(), lengths, 4096)
 
 
 def test_fill_and_balance_reach_the_bar() -> None:
@@ -45,9 +50,9 @@ def test_fill_and_balance_reach_the_bar() -> None:
     chat = np.clip(generator.lognormal(6.2, 0.7, 10_000), 40, 4096)
     lengths = np.concatenate([text + 64, chat]).astype(np.int64)
     images = np.arange(50_000) < 40_000
-    units = [[sample] for sample in range(50_000)]
-    balanced = pack_balanced(lengths, units, capacity=4096, seed=0)
-    bfd = pack_bfd(lengths, np.arange(50_000), capacity=4096, seed=0)
+    units = Ragged.singles(np.arange(50_000))
+    balanced = pack_balanced(lengths, units, capacity=4096, seed=0).lists()
+    bfd = pack_bfd(lengths, np.arange(50_000), capacity=4096, seed=0).lists()
     bound = lengths.sum() / 4096
     assert bound / len(balanced) >= 0.99
     assert bound / len(bfd) >= 0.99
@@ -62,7 +67,7 @@ def test_fill_and_balance_reach_the_bar() -> None:
 def test_units_stay_in_their_group_and_below_the_limit() -> None:
     lengths = _lengths(500)
     groups = np.arange(500) // 10
-    units = make_units(lengths, groups, limit=1000, seed=0)
+    units = make_units(lengths, groups, limit=1000, seed=0).lists()
     assert sorted(sample for unit in units for sample in unit) == list(range(500))
     for unit in units:
         assert len(set(groups[unit].tolist())) == 1

@@ -12,7 +12,7 @@ import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset, ranges
 from ghostvis_mega.data.order import shuffled
-from ghostvis_mega.data.packing import pack_balanced, pack_bfd
+from ghostvis_mega.data.packing import Ragged, pack_balanced, pack_bfd
 from ghostvis_mega.data.plan import PlanParams, load_or_build
 
 STRATEGIES = ("none", "pad-to-longest", "next-fit", "bfd", "balanced")
@@ -65,11 +65,10 @@ def pack_samples(samples: Samples, *, strategy: str, seq_length: int, seed: int)
         if strategy == "bfd":
             packs = pack_bfd(samples.lengths, everyone, capacity=seq_length, seed=seed)
         else:
-            units = [[sample] for sample in everyone.tolist()]
+            units = Ragged.singles(everyone)
             packs = pack_balanced(samples.lengths, units, capacity=seq_length, seed=seed)
-        packs = [packs[number] for number in shuffled(len(packs), seed, _SHUFFLE_KEY).tolist()]
-        segments = np.array([len(pack) for pack in packs], dtype=np.int64)
-        order = np.fromiter((s for pack in packs for s in pack), np.int64, count=len(everyone))
+        packs = packs.take(shuffled(len(packs), seed, _SHUFFLE_KEY))
+        segments, order = packs.counts, packs.values
     return _measure(samples, order, segments, seq_length)
 
 
