@@ -186,6 +186,8 @@ def gradients(
     if (write_truth is None) == (truth is None):
         raise typer.BadParameter("give one of --write-truth FILE and --truth FILE")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if truth is not None and not truth.is_file():
+        raise typer.BadParameter(f"{truth} is not a file: write it with --write-truth first")
     if write_truth is not None and world_size > 1:
         raise typer.BadParameter("--write-truth runs in one process")
     setup_logging(rank=rank)
@@ -205,10 +207,12 @@ def gradients(
             write_true_gradients(runs[0], world.groups, write_truth, device=world.device)
             return
         assert truth is not None
-        rows = compare_layouts(runs, truth, device=world.device, bar=bar)
+        rows = compare_layouts(
+            runs, truth, device=world.device, bar=bar, progress=world.watchdog.alive
+        )
     if rank == 0:
         print_rows(rows, title=f"gradients against {truth}", as_json=as_json)
-    if not all(row["ok"] for row in rows):
+    if any(row["ok"] is False for row in rows):
         raise typer.Exit(1)
 
 
@@ -222,8 +226,9 @@ def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None
         table.add_column(name, justify="right" if name == "value" else "left")
     for row in rows:
         value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
+        verdict = {True: "yes", False: "NO", None: ""}[row["ok"]]
         bar = "" if row["bar"] is None else f"{row['bar']:g}"
-        table.add_row(row["name"], value, row["unit"], bar, "yes" if row["ok"] else "NO")
+        table.add_row(row["name"], value, row["unit"], bar, verdict)
     Console().print(table)
 
 

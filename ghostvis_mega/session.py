@@ -28,6 +28,7 @@ from ghostvis_mega.train.observers.build import make_observers
 from ghostvis_mega.train.previews import Previewer
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.environment import package_versions
+from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import atomic_write_json
 from ghostvis_mega.utils.hardware import cpu_name, device_peak
 
@@ -48,9 +49,7 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     """Join the processes of this run, as `deepspeed`, `torchrun` or plain `python` started them."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     apply_cpu_shim()
-    # DeepSpeed takes its device and its place from the environment, which no launcher has set for
-    # plain `python`.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed takes its place from the environment, which no launcher has set for plain `python`.
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -75,7 +74,18 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
 def local_device(run: RunConfig) -> torch.device:
     """The device of this process: its own GPU where there is CUDA, unless the run says
     otherwise."""
-    if run.train.device == "cpu" or not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if run.train.device == "cuda" and not available:
+        raise ConfigError(
+            ["train.device=cuda, but this PyTorch sees no CUDA device. Install a CUDA build, check "
+             "CUDA_VISIBLE_DEVICES, or set train.device=cpu."]
+        )  # fmt: skip
+    if run.train.device == "cpu" and available:
+        raise ConfigError(
+            ["train.device=cpu on a machine with a GPU: Megatron-Core would still put its buffers "
+             "there. Hide the GPU for this run: CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu."]
+        )  # fmt: skip
+    if not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -97,12 +107,9 @@ class Training:
         train = Dataset.open(run.data.train)
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
         store = CheckpointStore(run.log.output / "checkpoints", keep=run.checkpoint.keep)
-        found = store.find(run.checkpoint.resume)
-        start = store.load(found, engine).step if found is not None else 0
-        if found is None and run.checkpoint.weights is not None:
-            load_weights(run.checkpoint.weights, engine)
-        observers = make_observers(run.log, rank=groups.rank)
         feed = Feed(run, groups, train)
+        start = self.restore(store, engine, feed)
+        observers = make_observers(run.log, rank=groups.rank)
         previewer = None
         if heldout is not None and run.log.preview_steps and run.log.preview_samples:
             previewer = Previewer(engine, heldout, run)
@@ -113,14 +120,19 @@ class Training:
             observers=observers,
             watchdog=self.world.watchdog,
             previewer=previewer,
-            save=lambda steps: store.save(engine, step=steps, extra={}),
+            save=lambda steps: store.save(engine, step=steps, extra={"data": feed.state()}),
         )
+        if start >= run.train.steps:
+            log.info("nothing left to train: %d of %d steps are done", start, run.train.steps)
         loss = loop.run(start=start)
         feed.close()
-        summary: Summary = {"loss": loss, "status": "finished"}
+        summary: Summary = {"status": "finished"}
+        if loss is not None:
+            summary["loss"] = loss
         if run.log.evaluate and heldout is not None:
-            self.world.watchdog.alive("the evaluation")
-            summary["heldout_accuracy"] = heldout_accuracy(engine, heldout)
+            alive = self.world.watchdog.alive
+            summary["heldout_accuracy"] = heldout_accuracy(engine, heldout, progress=alive)
+            alive("the question-only accuracy")
             summary["question_only_accuracy"] = question_only_accuracy(train, heldout)
             summary["num_questions"] = heldout.num_samples
         summary["seconds"] = round(time.time() - self.started, 1)
@@ -128,6 +140,24 @@ class Training:
         if groups.rank == 0:
             atomic_write_json(run.log.output / "summary.json", dict(summary))
         return summary
+
+    def restore(self, store: CheckpointStore, engine: TrainEngine, feed: Feed) -> int:
+        """Take over the checkpoint that the settings name, if any; returns the steps done.
+
+        Raises:
+            CheckpointError: It is missing, damaged, of another layout or of other data.
+        """
+        checkpoint = self.run.checkpoint
+        found = store.find(checkpoint.resume)
+        if found is None:
+            if checkpoint.weights is not None:
+                load_weights(checkpoint.weights, engine)
+            return 0
+        state = store.load(found, engine)
+        data = state.extra.get("data")
+        if isinstance(data, dict):
+            feed.check_state(data, step=state.step)
+        return state.step
 
     def describe(self, engine: TrainEngine, *, start: int) -> RunInfo:
         """What observers are told before the first step."""

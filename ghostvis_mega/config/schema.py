@@ -232,7 +232,8 @@ class TrainConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing of the LLM."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """A collective that waits longer is a hang: the run stops and names the rank."""
+    """Silence that counts as a hang: a collective that waits longer, or a phase (a step, a round of
+    answers, a save) that takes longer. The run stops and names the rank."""
 
 
 class CheckpointConfig(Section):

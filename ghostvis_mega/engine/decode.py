@@ -33,6 +33,7 @@ class GreedyDecoder:
         engine: The model.
         image_token: Id that stands for a picture.
         stop_token: Ends an answer and is not part of it.
+        vocab_size: Tokens that mean something; a model's vocabulary may be padded beyond them.
         load_pixels: uint8 [n, 3, h, w] of the pictures with these ids; called for those this rank
             encodes.
         rows: Prompts of one replica that run side by side; rounded up to fill the pipeline.
@@ -44,21 +45,30 @@ class GreedyDecoder:
         *,
         image_token: int,
         stop_token: int,
+        vocab_size: int,
         load_pixels: Callable[[Sequence[int]], torch.Tensor],
         rows: int = 64,
     ):
         self.engine, self.load_pixels = engine, load_pixels
         self.image_token, self.stop_token = image_token, stop_token
+        self.vocab_size = vocab_size
         stages = engine.groups.degrees.pipeline
         self.micro_batches = stages
         self.rows = -(-rows // stages) * stages
 
-    def answers(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[list[int]]:
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> list[list[int]]:
         """Token ids of each answer, without the stop token; equal on all ranks.
 
         Args:
             prompts: The same on all ranks.
             max_new_tokens: Longest answer.
+            progress: Told before each round of prompts what is being done.
         """
         groups = self.engine.groups
         replicas = groups.degrees.data
@@ -68,6 +78,7 @@ class GreedyDecoder:
         # Prompts of similar length share a round, so that little is padded.
         order = sorted(range(len(prompts)), key=lambda index: len(self._expand(prompts[index])[0]))
         for start in range(0, len(order), self.rows * replicas):
+            progress(f"answering from prompt {start + 1} of {len(order)} on")
             shares = [
                 order[start + replica : start + self.rows * replicas : replicas]
                 for replica in range(replicas)
@@ -192,7 +203,7 @@ class GreedyDecoder:
             part_RV = torch.cat(scores).float().contiguous()
             parts = [torch.empty_like(part_RV) for _ in range(groups.degrees.tensor)]
             dist.all_gather(parts, part_RV, group=groups.tensor)
-            tokens = torch.cat(parts, dim=1).argmax(dim=1)
+            tokens = torch.cat(parts, dim=1)[:, : self.vocab_size].argmax(dim=1)
         if groups.degrees.pipeline > 1:
             dist.broadcast(tokens, groups.last_stage_rank, group=groups.pipeline)
         return tokens.tolist()

@@ -3,7 +3,7 @@ generation."""
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.step import TrainEngine
@@ -18,20 +18,30 @@ def normalized(answer: str) -> str:
 
 
 def heldout_accuracy(
-    engine: TrainEngine, dataset: Dataset, *, rows: int = 128, max_new_tokens: int = 8
+    engine: TrainEngine,
+    dataset: Dataset,
+    *,
+    progress: Callable[[str], None],
+    rows: int = 128,
+    max_new_tokens: int = 8,
 ) -> float:
     """Share of all samples whose generated answer equals the reference; collective.
 
     Args:
         engine: The model.
         dataset: Held-out samples.
+        progress: Told before each round of questions what is being done.
         rows: Conversations that one replica answers side by side.
         max_new_tokens: Longest answer; one that is cut off counts as wrong unless it is right so
             far.
     """
     decoder = build_decoder(engine, dataset, rows=rows)
     answered = answer_samples(
-        decoder, dataset, range(dataset.num_samples), max_new_tokens=max_new_tokens
+        decoder,
+        dataset,
+        range(dataset.num_samples),
+        max_new_tokens=max_new_tokens,
+        progress=progress,
     )
     right = sum(normalized(answer) == normalized(truth) for _, answer, truth in answered)
     return right / len(answered)

@@ -6,7 +6,7 @@ layout is right when its own distance is about the same.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.reference import PlainTrainer
-from ghostvis_mega.train.feed import Feed, load_pixels
+from ghostvis_mega.train.feed import Feed
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,10 @@ def write_true_gradients(
 ) -> float:
     """Compute the first step's gradients in one plain fp32 process and store them; returns the
     loss."""
-    dataset = Dataset.open(run.data.train)
-    batch, work = Feed(run, groups, dataset).get(0)
-    vision = run.model.vision
-    size = vision.image_size if vision else 1
-    ids = sorted({slot.image_id for micro in work.micro_batches for slot in micro.images})
-    pixels = load_pixels(dataset, ids, size=size, seeds=None)
+    batch, work = Feed(run, groups, Dataset.open(run.data.train)).get(0)
+    pictures = dict(zip(work.dispatch.encode[0], work.pixels_N3hw, strict=True))
     trainer = PlainTrainer(run, groups, device=device)
-    loss = trainer.backward(work.micro_batches, dict(zip(ids, pixels, strict=True)))
+    loss = trainer.backward(work.micro_batches, pictures)
     save_file({name: g.cpu().contiguous() for name, g in trainer.gradients().items()}, path)
     log.info(
         "loss %.6f, %d gradients in %s (%d sequences)",
@@ -69,7 +65,12 @@ def write_true_gradients(
 
 
 def compare_layouts(
-    runs: Sequence[RunConfig], path: Path, *, device: torch.device, bar: float | None
+    runs: Sequence[RunConfig],
+    path: Path,
+    *,
+    device: torch.device,
+    bar: float | None,
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Rows of name, value, unit, bar and ok for each layout, one after the other; collective.
 
@@ -79,7 +80,8 @@ def compare_layouts(
         runs: One a layout; model, data and batch are those of the truth.
         path: File of `write_true_gradients`.
         device: Of this process.
-        bar: Largest joint error that is fine; None holds to nothing.
+        bar: Largest joint error that is fine; None holds to nothing, and `ok` is then None.
+        progress: Told before each layout what is being done.
     """
     truth = StoredTensors(path)
     squares = {name: float(truth[name].double().square().sum()) for name in truth}
@@ -88,12 +90,13 @@ def compare_layouts(
     for run in runs:
         destroy_groups()
         degrees = Degrees.of(run, world_size=dist.get_world_size())
+        layout = degrees.describe()
+        progress(f"the gradients of {layout}")
         groups = build_groups(degrees, seed=run.train.seed)
         loss, errors = layout_errors(run, groups, truth, device=device)
         joint = sum(errors[name] ** 2 * squares[name] for name in errors) ** 0.5 / whole**0.5
         worst = max(errors, key=lambda name: errors[name])
-        layout = degrees.describe()
-        fine = bar is None or joint <= bar
+        fine = None if bar is None else joint <= bar
         rows += [
             _row(f"{layout}: loss", loss, "nats"),
             _row(f"{layout}: joint gradient", joint, "relative L2", bar=bar, ok=fine),
@@ -104,7 +107,12 @@ def compare_layouts(
 
 
 def _row(
-    name: str, value: float, unit: str = "relative L2", *, bar: float | None = None, ok: bool = True
+    name: str,
+    value: float,
+    unit: str = "relative L2",
+    *,
+    bar: float | None = None,
+    ok: bool | None = None,
 ) -> dict[str, Any]:
     return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}
 

@@ -13,8 +13,12 @@ from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.build import Observers
 from ghostvis_mega.train.previews import Previewer
 from ghostvis_mega.train.watchdog import Watchdog
+from ghostvis_mega.utils.errors import TrainingError
 
 log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 3
+"""Skipped steps in a row after which a run stops: it would not come back by itself."""
 
 
 @dataclass
@@ -29,14 +33,17 @@ class Loop:
     save: Callable[[int], None]
     """Called with the number of steps done."""
 
-    def run(self, *, start: int) -> float:
-        """Train the remaining steps; returns the last loss.
+    def run(self, *, start: int) -> float | None:
+        """Train the remaining steps; returns the last loss that was finite.
 
         Args:
             start: Steps already done.
+
+        Raises:
+            TrainingError: `MAX_SKIPPED` steps in a row had no finite loss or gradient.
         """
         settings = self.engine.run
-        loss = float("nan")
+        loss, skipped = None, 0
         if start == 0:
             self.preview(0)
         for step in range(start, settings.train.steps):
@@ -45,14 +52,21 @@ class Loop:
             batch, work = self.feed.get(step)
             fetched = time.perf_counter()
             result = self.engine.step(work, step=step)
-            ended = time.perf_counter()
+            # Reading the timer waits for the optimizer's last kernel, so the step's end follows it.
             timing = {"data": fetched - began} | self.engine.timer.read()
+            ended = time.perf_counter()
             metrics = self.measure(
                 step, batch, result, timing, images=work.dispatch.num_images, seconds=ended - began
             )
             self.observers.on_step(metrics)
-            loss = result.loss
             done = step + 1
+            skipped = skipped + 1 if result.skipped else 0
+            if skipped == MAX_SKIPPED:
+                raise TrainingError(
+                    f"steps {done - skipped + 1} to {done} had no finite loss or gradient; none of "
+                    "them changed a weight. Lower optim.lr, or look at the data of these steps."
+                )
+            loss = loss if result.skipped else result.loss
             self.preview(done)
             if self.save_is_due(done):
                 self.watchdog.alive(f"the save after step {done}")
@@ -71,7 +85,7 @@ class Loop:
         """Show held-out answers where the settings ask for them after `done` steps."""
         if self.previewer is not None and done in self.engine.run.log.preview_steps:
             self.watchdog.alive(f"previews after step {done}")
-            self.observers.on_preview(done, self.previewer.look())
+            self.observers.on_preview(done, self.previewer.look(progress=self.watchdog.alive))
             # What the tower took for these pictures belongs to no step.
             self.engine.timer.read()
 

@@ -70,7 +70,26 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *deepspeed.find_problems(cfg, world_size=world_size),
         *_data_problems(cfg),
         *_output_problems(cfg),
+        *_gpu_problems(cfg, device=device),
     ]
+
+
+def _gpu_problems(cfg: RunConfig, *, device: Device) -> list[str]:
+    """What a run on GPUs lacks on this machine; a plan for another machine is not held to it."""
+    if device != "cuda":
+        return []
+    problems = []
+    if has_cuda_device() and importlib.util.find_spec("transformer_engine") is None:
+        problems.append(
+            "train.device: a run on GPUs needs Transformer Engine, which is not installed: "
+            "pip install -e '.[gpu]', or hide the GPU (CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu)."
+        )
+    if cfg.train.precision == "fp32" and cfg.data.packing:
+        problems.append(
+            "train.precision=fp32 with data.packing=true on CUDA: the fused attention kernels for "
+            "packed sequences compute in BF16 only. Use train.precision=bf16 and ZeRO stage 2."
+        )
+    return problems
 
 
 def _data_problems(cfg: RunConfig) -> list[str]:
@@ -230,11 +249,12 @@ def _output_problems(cfg: RunConfig) -> list[str]:
             f"checkpoint.weights={weights} is no checkpoint: it has no manifest.json. Name one "
             "such as runs/NAME/checkpoints/step-00001000, or remove it."
         )
+    off = {"tensorboard": "false", "wandb": "disabled"}
     wanted = {"tensorboard": cfg.log.tensorboard, "wandb": cfg.log.wandb != "disabled"}
     for package, on in wanted.items():
         if on and importlib.util.find_spec(package) is None:
             problems.append(
                 f"log.{package} needs the package {package}, which is not installed: "
-                f"pip install 'ghostvis-mega[{package}]', or switch log.{package} off."
+                f"pip install -e '.[{package}]', or set log.{package} to {off[package]}."
             )
     return problems

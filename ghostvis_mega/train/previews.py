@@ -1,6 +1,6 @@
 """Held-out pictures with the question, the model's answer and the truth, while training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.dataset import Dataset
@@ -19,13 +19,19 @@ def build_decoder(engine: TrainEngine, dataset: Dataset, *, rows: int) -> Greedy
         engine,
         image_token=specials["image"],
         stop_token=specials["im_end"],
+        vocab_size=dataset.tokenizer.vocab_size,
         load_pixels=lambda ids: load_pixels(dataset, ids, size=size, seeds=None),
         rows=rows,
     )
 
 
 def answer_samples(
-    decoder: GreedyDecoder, dataset: Dataset, samples: Sequence[int], *, max_new_tokens: int
+    decoder: GreedyDecoder,
+    dataset: Dataset,
+    samples: Sequence[int],
+    *,
+    max_new_tokens: int,
+    progress: Callable[[str], None],
 ) -> list[tuple[str, str, str]]:
     """(question, the model's answer, the truth) of each sample; collective, equal on all ranks."""
     prompts, questions, truths = [], [], []
@@ -34,7 +40,7 @@ def answer_samples(
         prompts.append(Prompt(tokens=tuple(tokens.tolist()), image_ids=image_ids))
         questions.append(question)
         truths.append(truth)
-    found = decoder.answers(prompts, max_new_tokens=max_new_tokens)
+    found = decoder.answers(prompts, max_new_tokens=max_new_tokens, progress=progress)
     answers = [dataset.tokenizer.decode(ids).strip() for ids in found]
     return list(zip(questions, answers, truths, strict=True))
 
@@ -58,9 +64,11 @@ class Previewer:
             engine, dataset, rows=max(1, count // engine.groups.degrees.data)
         )
 
-    def look(self) -> list[Preview]:
-        """Answer the samples; collective."""
-        rows = answer_samples(self.decoder, self.dataset, self.samples, max_new_tokens=16)
+    def look(self, *, progress: Callable[[str], None]) -> list[Preview]:
+        """Answer the samples, telling `progress` of each round; collective."""
+        rows = answer_samples(
+            self.decoder, self.dataset, self.samples, max_new_tokens=16, progress=progress
+        )
         return [
             Preview(
                 images_png=tuple(

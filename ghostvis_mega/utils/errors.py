@@ -29,8 +29,12 @@ class CheckpointError(GhostVisError, RuntimeError):
     """A checkpoint that is missing, incomplete or does not fit the run."""
 
 
+class TrainingError(GhostVisError, RuntimeError):
+    """A run that cannot go on learning; its last checkpoint is as it was."""
+
+
 class MissingDependencyError(GhostVisError, ImportError):
     """An optional package is needed; the message holds the pip line that installs it."""
 
     def __init__(self, package: str, *, needed_for: str, extra: str):
-        super().__init__(f"{needed_for} needs {package}: pip install 'ghostvis-mega[{extra}]'")
+        super().__init__(f"{needed_for} needs {package}: pip install -e '.[{extra}]'")

@@ -1,5 +1,6 @@
 """Peak arithmetic rates of devices by name, and what this machine is called."""
 
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -57,5 +58,6 @@ def cpu_name() -> str:
 
 
 def has_cuda_device() -> bool:
-    """Whether this machine has an NVIDIA GPU with its driver, found without importing torch."""
-    return Path("/dev/nvidia0").exists()
+    """Whether this process may use an NVIDIA GPU, found without importing torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))

@@ -123,7 +123,7 @@ def test_a_copy_is_not_held_out(run_file, make_dataset):
 
 def test_a_missing_tracker_is_named_with_its_pip_line(run_file, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'ghostvis-mega\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[wandb\]'"):
         load_checked(run_file, ["log.wandb=offline"], world_size=1, device="cpu")
 
 

@@ -102,7 +102,14 @@ class Answers:
         self.tokenizer, self.texts = tokenizer, texts
         self.prompts: list[Prompt] = []
 
-    def answers(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[list[int]]:
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        progress: Callable[[str], None],
+    ) -> list[list[int]]:
+        progress(f"{len(prompts)} prompts")
         self.prompts += prompts
         return [self.tokenizer.encode(text)[:max_new_tokens] for text in self.texts]
 
@@ -114,15 +121,15 @@ def test_heldout_accuracy_counts_every_question_once(
     spoken = ["Red", "red", "red.", "no", "yes no", "", "TWO", "3"]
     decoder = Answers(tokenizer, spoken)
     monkeypatch.setattr(vqa, "build_decoder", lambda *_, rows: decoder)
-    engine = SimpleNamespace()
+    engine, told = SimpleNamespace(), []
     right = [True, False, True, True, False, False, True, True]
-    assert heldout_accuracy(engine, heldout) == sum(right) / len(right)
-    assert len(decoder.prompts) == heldout.num_samples
+    assert heldout_accuracy(engine, heldout, progress=told.append) == sum(right) / len(right)
+    assert told == ["8 prompts"] and len(decoder.prompts) == heldout.num_samples
     for prompt, (question, answer) in zip(decoder.prompts, HELDOUT, strict=True):
         text = tokenizer.decode(list(prompt.tokens))
         assert question in text and text.endswith("assistant\n")
         assert answer not in text.removeprefix("user").replace(question, "")
     decoder.texts = [truth for _, truth in HELDOUT]
-    assert heldout_accuracy(engine, heldout) == 1.0
+    assert heldout_accuracy(engine, heldout, progress=told.append) == 1.0
     decoder.texts = ["?"] * len(HELDOUT)
-    assert heldout_accuracy(engine, heldout) == 0.0
+    assert heldout_accuracy(engine, heldout, progress=told.append) == 0.0

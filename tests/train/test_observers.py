@@ -70,7 +70,7 @@ def test_console_logs_every_nth_the_first_the_last_and_skipped(
     (skipped,) = [r for r in caplog.records if "SKIPPED" in r.getMessage()]
     assert skipped.levelno == logging.WARNING
     assert "preview at step 25: 1 of 2 answers right" in lines[-3]
-    assert lines[-2] == "held-out accuracy 90.0 % (question alone: at most 67.0 %)"
+    assert lines[-2] == "held-out accuracy 90.0 % (best guess from the question alone: 67.0 %)"
     assert lines[-1] == "finished after 1m01s"
 
 
@@ -142,12 +142,12 @@ def test_missing_packages_are_named_with_the_command(
     with pytest.raises(MissingDependencyError) as error:
         make_observers(LogConfig(output=tmp_path, tensorboard=True), rank=0)
     assert str(error.value) == (
-        "log.tensorboard=true needs tensorboard: pip install 'ghostvis-mega[tensorboard]'"
+        "log.tensorboard=true needs tensorboard: pip install -e '.[tensorboard]'"
     )
     hide(monkeypatch, "wandb")
     with pytest.raises(MissingDependencyError) as error:
         make_observers(LogConfig(output=tmp_path, wandb="online"), rank=0)
-    assert str(error.value) == "log.wandb=online needs wandb: pip install 'ghostvis-mega[wandb]'"
+    assert str(error.value) == "log.wandb=online needs wandb: pip install -e '.[wandb]'"
 
 
 def test_only_rank_0_observes_and_optional_tools_are_off_by_default(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Which held-out samples are shown, and that text and pictures of a preview belong together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +52,14 @@ class Echo:
     def text(self, prompt: Prompt) -> str:
         return f"  {len(prompt.tokens)} {prompt.image_ids[0]} "
 
-    def answers(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[list[int]]:
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        progress: Callable[[str], None],
+    ) -> list[list[int]]:
+        progress(f"{len(prompts)} prompts")
         return [self.dataset.tokenizer.encode(self.text(prompt)) for prompt in prompts]
 
 
@@ -63,7 +70,9 @@ def test_previews_show_the_samples_of_the_dataset(
     echo = Echo(heldout)
     monkeypatch.setattr(previews, "build_decoder", lambda *_, rows: echo)
     previewer = Previewer(make_engine(run), heldout, run)
-    shown = previewer.look()
+    told: list[str] = []
+    shown = previewer.look(progress=told.append)
+    assert told == ["5 prompts"]
     assert len(shown) == 5
     for index, preview in zip(previewer.samples, shown, strict=True):
         tokens, image_ids, truth, question = heldout.prompt(index)
@@ -71,7 +80,7 @@ def test_previews_show_the_samples_of_the_dataset(
         assert (preview.question, preview.truth) == (question, truth)
         assert preview.answer == echo.text(Prompt(tuple(tokens), image_ids)).strip()
     assert len({preview.images_png for preview in shown}) > 1
-    assert previewer.look() == shown
+    assert previewer.look(progress=told.append) == shown
 
 
 @pytest.mark.parametrize("samples", [1, 5, 12, 100])
@@ -94,6 +103,7 @@ def test_the_decoder_reads_the_dataset_as_it_is(
     decoder = build_decoder(make_engine(run, data=2, pipeline=4), heldout, rows=5)
     specials = heldout.manifest.tokenizer.specials
     assert (decoder.image_token, decoder.stop_token) == (specials["image"], specials["im_end"])
+    assert decoder.vocab_size == heldout.manifest.tokenizer.vocab_size
     assert (decoder.rows, decoder.micro_batches) == (8, 4)
     pixels = decoder.load_pixels([2, 0])
     assert torch.equal(pixels, load_pixels(heldout, [2, 0], size=64, seeds=None))

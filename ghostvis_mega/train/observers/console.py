@@ -102,7 +102,7 @@ class ConsoleLine:
             beside = ""
             if "question_only_accuracy" in summary:
                 ceiling = percent(summary["question_only_accuracy"])
-                beside = f" (question alone: at most {ceiling})"
+                beside = f" (best guess from the question alone: {ceiling})"
             log.info("held-out accuracy %s%s", percent(summary["heldout_accuracy"]), beside)
         if "seconds" in summary:
             log.info("%s after %s", summary.get("status", "finished"), duration(summary["seconds"]))
