@@ -1,0 +1,124 @@
+"""The command `ingest`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ghostvis_mega.data.ingest import DryRun, Source, dry_run, ingest
+from ghostvis_mega.data.manifest import Manifest
+from ghostvis_mega.data.readers.registry import FORMATS, SourceSpec, open_source
+from ghostvis_mega.data.readers.vqa import CAPTION_PROMPT
+from ghostvis_mega.data.styles import STYLES
+from ghostvis_mega.data.template import TEMPLATE_NAME, load_tokenizer
+from ghostvis_mega.data.tokenizer import Tokenizer
+from ghostvis_mega.utils.errors import DataError
+from tools.preprocess.options import (
+    Annotations,
+    Images,
+    Json,
+    Limit,
+    Progress,
+    Workers,
+    print_json,
+)
+
+_FORMAT_HELP = "; ".join(f"{name}: {found.help}" for name, found in FORMATS.items())
+
+
+def ingest_command(
+    fmt: Annotated[str, typer.Argument(metavar="FORMAT", help=_FORMAT_HELP)],
+    tokenizer: Annotated[
+        Path, typer.Option(help="SentencePiece model, tokenizer.json or .tiktoken ranks.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Directory to make, as train.gvd.")] = None,
+    input_path: Annotated[Path | None, typer.Argument(help="File of rows, or folder.")] = None,
+    images: Images = None,
+    annotations: Annotations = None,
+    split: Annotated[str, typer.Option(help="Split of a packaged dataset (easy-vqa).")] = "train",
+    prompt: Annotated[str, typer.Option(help="Question that captions answer.")] = CAPTION_PROMPT,
+    template: Annotated[str, typer.Option(help=f"Chat template: {', '.join(STYLES)}.")] = (
+        TEMPLATE_NAME
+    ),
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=2, help="Cut documents (never conversations) to this."),
+    ] = None,
+    limit: Limit = None,
+    workers: Workers = 1,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
+        False
+    ),
+    force: Annotated[bool, typer.Option(help="Replace a dataset that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read rows, check and store pictures and tokens; what is dropped is in rejects.jsonl.
+
+    The same input gives the same bytes; a stopped ingest leaves nothing at OUT.
+
+    Example: python -m tools.preprocess ingest easy-vqa --tokenizer tok.model --out train.gvd
+
+    Example: python -m tools.preprocess ingest llava rows.json --images photos
+    --tokenizer tok.model --out sft.gvd
+
+    Example: python -m tools.preprocess ingest vqav2 v2_OpenEnded_mscoco_train2014_questions.json
+    --annotations v2_mscoco_train2014_annotations.json --images train2014
+    --tokenizer tokenizer.json --template llama3 --workers 8 --out vqav2.gvd
+    """
+    spec = SourceSpec(
+        format=fmt, path=input_path, images=images, annotations=annotations, split=split,
+        limit=limit, prompt=prompt,
+    )  # fmt: skip
+    sources = [open_source(spec)]
+    loaded = load_tokenizer(tokenizer, template=template)
+    if dry:
+        _dry_run(sources, loaded, template, max_tokens, workers, as_json=as_json)
+        return
+    if out is None:
+        raise DataError("--out is needed: the directory to make, or --dry-run to write nothing")
+    progress = Progress(total=limit)
+    manifest = ingest(
+        sources, tokenizer=loaded, path=out, template=template, force=force, progress=progress,
+        workers=workers, max_tokens=max_tokens,
+    )  # fmt: skip
+    progress.end()
+    report_ingest(manifest, out, as_json=as_json)
+
+
+def _dry_run(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    template: str,
+    max_tokens: int | None,
+    workers: int,
+    *,
+    as_json: bool,
+) -> None:
+    progress = Progress()
+    found: DryRun = dry_run(
+        sources, tokenizer=tokenizer, template=template, progress=progress, workers=workers,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    progress.end()
+    if as_json:
+        print_json(asdict(found))
+        return
+    print(
+        f"{found.rows} rows would give {found.samples} samples, {found.images} images, "
+        f"{found.tokens} tokens ({found.trained_tokens} trained); nothing was written"
+    )
+    for reason, count in found.rejected.items():
+        print(f"  rejected: {reason} {count}")
+
+
+def report_ingest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+    """What a finished dataset holds."""
+    counts = manifest.counts
+    if as_json:
+        print_json({"path": str(out), "digest": manifest.digest, **counts.model_dump()})
+        return
+    print(
+        f"{out}: {counts.samples} samples, {counts.images} images, {counts.tokens} tokens "
+        f"({counts.trained_tokens} trained), {counts.rejected} rows rejected"
+    )
