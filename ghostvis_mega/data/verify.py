@@ -1,47 +1,69 @@
-"""Compares a dataset with its manifest byte by byte, and on request decodes all of it."""
+"""Compares a dataset with its manifest byte by byte, and on request with what made it."""
 
-import tarfile
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset
-from ghostvis_mega.data.layout import ImageFormat, shard_name
 from ghostvis_mega.data.manifest import (
     MANIFEST_FILE,
     PLANS_DIRECTORY,
     Manifest,
     find_problems,
     read_manifest,
+    size_problems,
 )
-from ghostvis_mega.data.pixels import ImageError, probe
-from ghostvis_mega.data.plan import read_plan
-from ghostvis_mega.data.writer import content_hash
+from ghostvis_mega.data.plan import PLAN_FILE, PackPlan, build_plan, read_plan
+from ghostvis_mega.data.verify_deep import Progress, deep_problems
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import sha256_file
 
-_CHUNK_SAMPLES = 4096
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress is wanted."""
 
 
-def verify_dataset(path: Path, *, deep: bool) -> list[str]:
+def verify_dataset(path: Path, *, deep: bool, progress: Progress = _silent) -> list[str]:
     """Everything that is not as it was written, as sentences; empty if all is well.
 
+    Any changed byte is found, and files that are missing, cut or should not be there.
+
     Args:
-        deep: also read every sample, decode every image, and compare both with their records.
+        deep: also decode every image, check every record and span, encode the text of some samples
+            again, and make stored plans again.
     """
-    if problems := find_problems(path, what="dataset"):
-        return problems
-    manifest = read_manifest(path)
-    problems = [
-        f"{path / name}: its SHA-256 is not the manifest's: copy or ingest the dataset again"
-        for name, info in manifest.files.items()
-        if sha256_file(path / name) != info.sha256
-    ]
-    problems += _unlisted_files(path, manifest) + _plan_problems(path)
+    try:
+        manifest = read_manifest(path)
+    except DataError as error:
+        return [f"dataset: {error}"]
+    problems = size_problems(path, manifest)
+    problems += _content_problems(path, manifest, progress)
+    problems += _unlisted_files(path, manifest) + _plan_problems(path, manifest)
+    # Last, and only news: what keeps training from opening the dataset is mostly said by now.
+    if not problems:
+        problems = find_problems(path, what="dataset")
     if deep and not problems:
         with Dataset.open(path) as dataset:
-            problems += _image_problems(dataset) + _sample_problems(dataset)
-            problems += _tar_problems(dataset)
+            problems = deep_problems(dataset, progress=progress)
+            problems += _stale_plans(dataset, progress)
+    return problems
+
+
+def _content_problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
+    """Files of the right size with other bytes."""
+    problems = []
+    total, done = sum(info.bytes for info in manifest.files.values()), 0
+    for name, info in manifest.files.items():
+        file = path / name
+        if file.is_file() and file.stat().st_size == info.bytes:
+            if sha256_file(file) != info.sha256:
+                problems.append(
+                    f"{file}: its SHA-256 is not the manifest's: copy or ingest the dataset again"
+                )
+            done += info.bytes
+            progress("bytes", done, total)
     return problems
 
 
@@ -55,80 +77,53 @@ def _unlisted_files(path: Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def _plan_problems(path: Path) -> list[str]:
+def _plan_problems(path: Path, manifest: Manifest) -> list[str]:
+    """Stored plans: every byte, nothing beside them, and made for this dataset."""
     problems = []
-    for directory in sorted((path / PLANS_DIRECTORY).glob("*")):
-        try:
-            read_plan(directory)
-        except DataError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _image_problems(dataset: Dataset) -> list[str]:
-    problems = []
-    for image_id, record in enumerate(dataset.image_index):
-        where = f"{dataset.path}: image {image_id}"
-        try:
-            data = dataset.image_bytes(image_id)
-            info = probe(data)
-        except (ImageError, DataError) as error:
-            problems.append(f"{where}: {error}")
+    for entry in sorted((path / PLANS_DIRECTORY).glob("*")):
+        if not entry.is_dir():
+            problems.append(f"{entry} is no plan: delete it")
             continue
-        found = (info.format, info.width, info.height, info.orientation, info.channels)
-        fields = ("format", "width", "height", "orientation", "channels")
-        stored = tuple(int(record[field]) for field in fields)
-        if stored != found:
-            problems.append(f"{where}: its record says {stored}, its bytes say {found}")
-        if content_hash(data) != record["blake2b"].tobytes():
-            problems.append(f"{where}: its content hash is not its record's")
-    return problems
-
-
-def _sample_problems(dataset: Dataset) -> list[str]:
-    """Reads every sample through the checks of `Dataset.gather`, and every key."""
-    problems = []
-    trained_len = dataset.sample_index["trained_len"]
-    for start in range(0, dataset.num_samples, _CHUNK_SAMPLES):
-        indices = np.arange(start, min(start + _CHUNK_SAMPLES, dataset.num_samples))
         try:
-            data = dataset.gather(indices)
-            for index in indices.tolist():
-                dataset.sample_key(index)
+            read_plan(entry)
         except DataError as error:
             problems.append(str(error))
             continue
-        starts = np.cumsum(data.tok_lens) - data.tok_lens
-        trained = np.add.reduceat(data.trained, starts) - data.trained[starts]
-        wrong = np.flatnonzero(trained != trained_len[indices])
+        document = json.loads((entry / PLAN_FILE).read_bytes())
+        if document["dataset"] != manifest.digest:
+            problems.append(f"{entry} is the plan of another dataset: delete it")
+        known = {PLAN_FILE, *document["files"]}
+        # Reading takes a missing array for an empty one, and some are empty.
         problems += [
-            f"{dataset.path}: sample {indices[place]}: its record counts other trained tokens"
-            for place in wrong.tolist()
+            f"{entry / name} is missing: delete {entry}, it is made again when needed"
+            for name in document["files"]
+            if not (entry / name).is_file()
+        ]
+        problems += [
+            f"{file} is not part of the plan: delete it"
+            for file in sorted(entry.rglob("*"))
+            if not file.is_dir() and file.relative_to(entry).as_posix() not in known
         ]
     return problems
 
 
-def _tar_problems(dataset: Dataset) -> list[str]:
-    """The shards are ordinary tars whose members are the images, in the order of their ids."""
-    index = dataset.image_index
+def _stale_plans(dataset: Dataset, progress: Progress) -> list[str]:
+    """Stored plans that are not what planning gives; another planner version has another name."""
     problems = []
-    for shard in np.unique(index["shard"]).tolist():
-        path = dataset.path / shard_name(shard)
-        image_ids = np.flatnonzero(index["shard"] == shard)
-        names = [
-            f"{image_id:08d}.{ImageFormat(int(index['format'][image_id])).extension}"
-            for image_id in image_ids.tolist()
-        ]
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = tar.getmembers()
-        except tarfile.TarError as error:
-            problems.append(f"{path} is not a tar: {error}")
-            continue
-        expected = list(zip(names, index["offset"][image_ids].tolist(), strict=True))
-        if [(member.name, member.offset_data) for member in members] != expected:
-            problems.append(f"{path}: its members are not the images of the index")
-        offsets = np.fromfile(path.with_name(path.name + ".idx"), dtype="<u8").tolist()
-        if offsets[:-1] != [member.offset for member in members]:
-            problems.append(f"{path}.idx does not point at the members of the tar")
+    directories = sorted((dataset.path / PLANS_DIRECTORY).glob("*"))
+    for number, directory in enumerate(directories, 1):
+        stored = read_plan(directory)
+        if stored.params.digest(dataset) == directory.name:
+            made = build_plan(dataset, stored.params)
+            if not _same(stored, made):
+                problems.append(f"{directory} is not the plan of its settings: delete it")
+        progress("plans", number, len(directories))
     return problems
+
+
+def _same(first: PackPlan, second: PackPlan) -> bool:
+    return all(
+        np.array_equal(getattr(first, field.name), getattr(second, field.name))
+        for field in fields(PackPlan)
+        if field.name != "params"
+    )
