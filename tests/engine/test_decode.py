@@ -62,6 +62,7 @@ def test_the_answers_can_tell_a_mistake(alone: dict[str, Any]) -> None:
     answers = alone["alone"]["answers"]
     shown, others = answers["all"], answers["other pictures"]
     assert answers["none"] == [] and answers["one"] == [shown[4]]
+    assert alone["alone"]["unknown tokens too"] != shown
     # Answers differ between prompts, some stop early, and pictures decide where there are any.
     assert len({tuple(tokens) for tokens in shown}) == len(shown)
     lengths = {len(tokens) for tokens in shown}
