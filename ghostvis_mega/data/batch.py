@@ -57,6 +57,17 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What one rank found damaged while it read a step: numbers of samples and of images."""
+
+    samples: frozenset[int] = frozenset()
+    images: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.samples) + len(self.images)
+
+
+@dataclass(frozen=True)
 class GlobalBatch:
     """The sequences of one optimizer step: replicas[data-parallel rank][micro-batch][row].
 

@@ -73,6 +73,19 @@ class Corpus:
         key, _ = self.datasets[number].sample_key(sample - int(self.sample_offsets[number]))
         return key
 
+    def trained_tokens(self, sample: int) -> int:
+        """Labels of a sample under the loss, from the index."""
+        number = self.dataset_of_sample(sample)
+        record = self.datasets[number].sample_index[sample - int(self.sample_offsets[number])]
+        return int(record["trained_len"])
+
+    def images_of(self, sample: int) -> list[int]:
+        """Images that a sample shows, from the index."""
+        number = self.dataset_of_sample(sample)
+        local = np.array([sample - int(self.sample_offsets[number])])
+        ids, _ = self.datasets[number].image_ids(local)
+        return (ids + int(self.image_offsets[number])).tolist()
+
     def lengths(self, *, tokens_per_image: int) -> np.ndarray:
         """Positions that each sample takes, images expanded: int64 [num_samples]."""
         return np.concatenate(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.config.schema import RunConfig
-from ghostvis_mega.data.batch import MicroBatch
+from ghostvis_mega.data.batch import Damage, MicroBatch
 from ghostvis_mega.engine.build import Parts, build_parts
 from ghostvis_mega.engine.finish import (
     fill_missing_gradients,
@@ -42,6 +42,8 @@ class StepInput:
     """uint8, the pictures this rank encodes, by ascending id."""
     trained_tokens: float
     """Sum of the loss weights over the whole global batch."""
+    damage: Damage = Damage()
+    """What this rank could not read; all ranks must have agreed on it before the step."""
 
 
 @dataclass(frozen=True)

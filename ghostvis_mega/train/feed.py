@@ -2,7 +2,7 @@
 runs."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,55 +11,16 @@ import torch
 from ghostvis_mega.config.schema import DataConfig, RunConfig
 from ghostvis_mega.data import state as data_state
 from ghostvis_mega.data.bad_samples import LEDGER, BadSamples
-from ghostvis_mega.data.batch import GlobalBatch
+from ghostvis_mega.data.batch import Damage, GlobalBatch
 from ghostvis_mega.data.blend import BlendWeights
-from ghostvis_mega.data.corpus import Corpus, DamagedSample
+from ghostvis_mega.data.corpus import DamagedSample
 from ghostvis_mega.data.dataset import Dataset
-from ghostvis_mega.data.images import load_image
-from ghostvis_mega.data.pixels import ImageError
+from ghostvis_mega.data.images import load_pixels
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.utils.errors import DataError
-
-
-def load_pixels(
-    dataset: Dataset | Corpus,
-    image_ids: Sequence[int],
-    *,
-    size: int,
-    seeds: Sequence[int] | None,
-    on_damage: Callable[[int, str], None] | None = None,
-) -> torch.Tensor:
-    """Decoded pictures: uint8 [n, 3, size, size].
-
-    Args:
-        dataset: Holds them.
-        image_ids: Which.
-        size: Side in pixels.
-        seeds: One a picture for random augmentation; None shows them as they are.
-        on_damage: Told the id and the problem of each damaged picture, which is then black; None
-            lets damage stop the reading.
-
-    Raises:
-        DataError: A picture is damaged; names it.
-    """
-    pictures = torch.zeros((len(image_ids), 3, size, size), dtype=torch.uint8)
-    for index, image in enumerate(image_ids):
-        seed = None if seeds is None else seeds[index]
-        try:
-            pictures[index] = load_image(
-                dataset.image_bytes(image), image_size=size, augment_seed=seed
-            )
-        except DataError as error:
-            problem = str(error)
-            if isinstance(error, ImageError):
-                problem = f"image {image} of {dataset.path} cannot be used: {error}"
-            if on_damage is None:
-                raise DataError(problem) from error
-            on_damage(image, problem)
-    return pictures
 
 
 def blend_weights(data: DataConfig) -> BlendWeights | None:
@@ -75,8 +36,9 @@ class Feed:
     """Inputs of this rank by step: a function of the step alone, so a resumed run needs no state
     but the proof that it reads the same data.
 
-    A sample whose bytes turn out damaged keeps its shape and trains nothing; a damaged picture is
-    black. Both are noted in `rejected_at_run_time.jsonl` and counted against a budget.
+    A damaged sample, or one that shows a damaged picture, keeps its shape and trains nothing: this
+    rank notes the damage in `rejected_at_run_time.jsonl`, counts it against a budget and tells the
+    others (`train.damage`).
 
     Args:
         run: Settings.
@@ -113,6 +75,7 @@ class Feed:
         """int64 [samples of all datasets]: positions that each sample takes."""
         workers = run.data.num_workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed") if workers else None
+        self._reading = threading.local()
         self._ahead: dict[int, Future[tuple[GlobalBatch, StepInput]]] = {}
 
     def state(self) -> dict[str, Any]:
@@ -143,6 +106,7 @@ class Feed:
             self._pool.shutdown(cancel_futures=True)
 
     def _read(self, step: int) -> tuple[GlobalBatch, StepInput]:
+        samples, images = self._reading.found = (set(), set())
         batch = self.source.global_batch(step)
         wanted = [
             [image for micro in replica for row in micro for image in row.image_ids]
@@ -161,22 +125,26 @@ class Feed:
                 for image in own
             ]
         vision = self.run.model.vision
+        micro_batches = [
+            self.source.micro_batch(micro) for micro in batch.replicas[self.groups.place.data]
+        ]
+        pixels_N3hw = load_pixels(
+            self.corpus,
+            own,
+            size=vision.image_size if vision else 1,
+            seeds=seeds,
+            on_damage=self._note_image,
+        )
         return batch, StepInput(
-            micro_batches=[
-                self.source.micro_batch(micro) for micro in batch.replicas[self.groups.place.data]
-            ],
+            micro_batches=micro_batches,
             dispatch=dispatch,
-            pixels_N3hw=load_pixels(
-                self.corpus,
-                own,
-                size=vision.image_size if vision else 1,
-                seeds=seeds,
-                on_damage=self._note_image,
-            ),
+            pixels_N3hw=pixels_N3hw,
             trained_tokens=batch.trained_tokens,
+            damage=Damage(samples=frozenset(samples), images=frozenset(images)),
         )
 
     def _note_sample(self, damaged: DamagedSample) -> None:
+        self._reading.found[0].add(damaged.sample)
         try:
             key = self.corpus.sample_key(damaged.sample)
         except (DataError, UnicodeDecodeError, ValueError):
@@ -184,6 +152,7 @@ class Feed:
         self.bad_samples.note("sample", damaged.sample, key=key, problem=damaged.problem)
 
     def _note_image(self, image: int, problem: str) -> None:
+        self._reading.found[1].add(image)
         self.bad_samples.note("image", image, key="", problem=problem)
 
 

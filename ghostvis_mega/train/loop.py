@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.engine.step import StepResult, TrainEngine
 from ghostvis_mega.model.flops import batch_flops
+from ghostvis_mega.train.damage import agree_on_damage
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.build import Observers
@@ -50,6 +51,13 @@ class Loop:
             self.watchdog.alive(f"step {step + 1}")
             began = time.perf_counter()
             batch, work = self.feed.get(step)
+            work = agree_on_damage(
+                batch,
+                work,
+                self.feed.corpus,
+                self.engine.groups,
+                device=self.engine.device,
+            )
             fetched = time.perf_counter()
             result = self.engine.step(work, step=step)
             # Reading the timer waits for the optimizer's last kernel, so the step's end follows it.
