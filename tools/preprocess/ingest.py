@@ -68,7 +68,7 @@ def ingest_command(
     """
     spec = SourceSpec(
         format=fmt, path=input_path, images=images, annotations=annotations, split=split,
-        limit=limit, prompt=prompt,
+        limit=limit, prompt=prompt, tokenizer=tokenizer,
     )  # fmt: skip
     sources = [open_source(spec)]
     loaded = load_tokenizer(tokenizer, template=template)

@@ -44,7 +44,8 @@ def _parts(text: str) -> tuple[str | ImagePart, ...]:
     return tuple(parts)
 
 
-def _turn(number: int, turn: Any) -> Turn:
+def conversation_turn(number: int, turn: Any) -> Turn:
+    """One turn `from`/`value` or `role`/`content`; RowError if it is none."""
     if not isinstance(turn, dict):
         raise RowError("bad_turn", f"turn {number} is a JSON {type(turn).__name__}, not an object")
     speaker = turn.get("from", turn.get("role"))
@@ -67,7 +68,7 @@ def _row(document: Any, *, key: str, folder: Path | None) -> Row:
         names = [names]
     return Row(
         key=key,
-        turns=tuple(_turn(number, turn) for number, turn in enumerate(conversation)),
+        turns=tuple(conversation_turn(number, turn) for number, turn in enumerate(conversation)),
         images=tuple(image_path(name, folder) for name in names),
     )
 
@@ -106,6 +107,7 @@ def llava_text(path: Path) -> Iterator[str]:
         conversation = document.get("conversations") if isinstance(document, dict) else None
         for number, turn in enumerate(conversation if isinstance(conversation, list) else []):
             try:
-                yield from (part for part in _turn(number, turn).parts if isinstance(part, str))
+                parts = conversation_turn(number, turn).parts
+                yield from (part for part in parts if isinstance(part, str))
             except RowError:  # the ledger of ingest names it; a tokenizer needs only the rest
                 continue

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ghostvis_mega.data.ingest import BadRow, Row, Source
-from ghostvis_mega.data.readers import easy_vqa, llava, text, vqa
+from ghostvis_mega.data.ingest import BadRow, Row, Source, TokenRow
+from ghostvis_mega.data.readers import easy_vqa, llava, megatron, text, vqa, webdataset
 from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import sha256_file
 
-Rows = Iterator[Row | BadRow]
+Rows = Iterator[Row | TokenRow | BadRow]
 
 
 class SourceSpec(BaseModel):
@@ -23,6 +24,7 @@ class SourceSpec(BaseModel):
         split: split of a packaged dataset (easy-vqa).
         limit: take the first rows only.
         prompt: question that captions answer.
+        tokenizer: the file that `ingest` is given; token ids (megatron) must be its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +36,7 @@ class SourceSpec(BaseModel):
     split: str = "train"
     limit: int | None = Field(default=None, ge=1)
     prompt: str = vqa.CAPTION_PROMPT
+    tokenizer: Path | None = None
     name: str | None = None
     license: str = ""
 
@@ -58,6 +61,13 @@ def _vqav2(spec: SourceSpec) -> Rows:
     return vqa.vqav2_rows(
         spec.file(), annotations=spec.annotations, images=spec.images, limit=spec.limit
     )
+
+
+def _megatron(spec: SourceSpec) -> Rows:
+    if spec.tokenizer is None or not spec.tokenizer.is_file():
+        raise DataError("the format megatron needs the tokenizer file that made its token ids")
+    sha256 = sha256_file(spec.tokenizer)
+    return megatron.megatron_rows(spec.file(), tokenizer_sha256=sha256, limit=spec.limit)
 
 
 FORMATS: dict[str, Format] = {
@@ -98,6 +108,11 @@ FORMATS: dict[str, Format] = {
         ),
         "a CSV file beside its pictures",
     ),
+    "webdataset": Format(
+        lambda spec: webdataset.webdataset_rows(spec.file(), prompt=spec.prompt, limit=spec.limit),
+        "tars of KEY.jpg with KEY.json or KEY.txt: a file or a folder of them",
+    ),
+    "megatron": Format(_megatron, "text of Megatron's PREFIX.bin and PREFIX.idx"),
 }
 
 
