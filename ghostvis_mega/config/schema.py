@@ -153,7 +153,7 @@ class DataConfig(Section):
     heldout: Path | None = None
     """Prepared dataset that is never trained on: previews and the accuracy at the end."""
     tokenizer: Path | None = None
-    """Tokenizer file; by default the one that the dataset was tokenised with."""
+    """Tokenizer file that the data must have been made with; checked by its digest, where given."""
     seq_length: Positive
     packing: bool = True
     """True: samples share a sequence, apart in attention and positions; False: one a row."""

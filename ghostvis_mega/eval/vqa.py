@@ -7,14 +7,10 @@ from collections.abc import Callable, Sequence
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.train.observers.base import plain_answer
 from ghostvis_mega.train.previews import answer_samples, build_decoder
 
 log = logging.getLogger(__name__)
-
-
-def normalized(answer: str) -> str:
-    """An answer without case, outer blanks and a final period."""
-    return answer.strip().removesuffix(".").strip().casefold()
 
 
 def heldout_accuracy(
@@ -43,7 +39,7 @@ def heldout_accuracy(
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
-    right = sum(normalized(answer) == normalized(truth) for _, answer, truth in answered)
+    right = sum(plain_answer(answer) == plain_answer(truth) for _, answer, truth in answered)
     return right / len(answered)
 
 
@@ -66,4 +62,4 @@ def question_only_accuracy(train: Dataset, heldout: Dataset) -> float:
 def _questions(dataset: Dataset, samples: Sequence[int]):
     for index in samples:
         _, _, truth, question = dataset.prompt(index)
-        yield normalized(question), normalized(truth)
+        yield plain_answer(question), plain_answer(truth)

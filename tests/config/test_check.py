@@ -97,7 +97,7 @@ def test_the_module_is_the_command(run_file):
         ({}, "data.tokenizer=README.md", "is not the tokenizer that made", "Remove it"),
         ({}, "data.tokenizer=nowhere.model", "data.tokenizer=nowhere.model is not", "Remove it"),
         ({}, "data.heldout=nowhere.gvd", "data.heldout: nowhere.gvd", "tools.preprocess"),
-        ({}, "checkpoint.resume=nowhere", "checkpoint.resume=nowhere", "auto or none"),
+        ({}, "checkpoint.resume=nowhere", "checkpoint.resume=nowhere", "no manifest.json"),
         ({}, "checkpoint.weights=nowhere", "checkpoint.weights=nowhere", "no manifest.json"),
         ({}, "log.output=README.md/run", "log.output=README.md/run", "README.md is a file"),
     ],

@@ -12,7 +12,7 @@ from ghostvis_mega.data.template import Turn
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.engine.decode import Prompt
 from ghostvis_mega.eval import vqa
-from ghostvis_mega.eval.vqa import heldout_accuracy, normalized, question_only_accuracy
+from ghostvis_mega.eval.vqa import heldout_accuracy, plain_answer, question_only_accuracy
 
 WORDS = ["what color is it?", "is it red?", "how many?", "yes no red blue Red. two 3 YES", "user"]
 
@@ -80,8 +80,8 @@ def build(tokenizer: Tokenizer, tmp_path: Path) -> Build:
         ("no..", "no."),
     ],
 )
-def test_normalized(answer: str, expected: str) -> None:
-    assert normalized(answer) == expected
+def test_plain_answer(answer: str, expected: str) -> None:
+    assert plain_answer(answer) == expected
 
 
 def test_the_question_alone(build: Build) -> None:

@@ -61,10 +61,11 @@ class Preview:
     @property
     def correct(self) -> bool:
         """Whether answer and truth are the same but for case, outer blanks and a final period."""
-        return _plain(self.answer) == _plain(self.truth)
+        return plain_answer(self.answer) == plain_answer(self.truth)
 
 
-def _plain(text: str) -> str:
+def plain_answer(text: str) -> str:
+    """An answer without case, outer blanks and a final period: what is compared with the truth."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
