@@ -241,8 +241,8 @@ def _output_problems(cfg: RunConfig) -> list[str]:
     resume = cfg.checkpoint.resume
     if resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():
         problems.append(
-            f"checkpoint.resume={resume} is no checkpoint: it has no manifest.json. Name one such as "
-            "runs/NAME/checkpoints/step-00001000, or use auto or none."
+            f"checkpoint.resume={resume} is no checkpoint: it has no manifest.json. Name one such "
+            "as runs/NAME/checkpoints/step-00001000, or use auto or none."
         )
     weights = cfg.checkpoint.weights
     if weights is not None and not (weights / "manifest.json").is_file():
