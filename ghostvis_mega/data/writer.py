@@ -27,14 +27,21 @@ from ghostvis_mega.data.layout import (
     shard_name,
     token_dtype,
 )
+from ghostvis_mega.data.leftovers import clear_leftovers
 from ghostvis_mega.data.manifest import Manifest, read_manifest, write_manifest
 from ghostvis_mega.data.pixels import ImageInfo
 from ghostvis_mega.data.template import TEMPLATE_NAME, Encoded
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import HashingFile, fsync_directory, temporary_name
+from ghostvis_mega.utils.files import (
+    HashingFile,
+    atomic_write_json,
+    fsync_directory,
+    temporary_name,
+)
 
 SHARD_BYTES = 512 * 1024 * 1024
+PROGRESS_FILE = "progress.json"
 _BLOCK = tarfile.BLOCKSIZE
 _SAMPLE_FILES = (
     names.TOKENS,
@@ -64,9 +71,22 @@ class DatasetWriter:
         sources: Sequence[dict[str, str]],
         force: bool,
         template: str = TEMPLATE_NAME,
+        work: Path | None = None,
     ):
+        """Begin a dataset, or go on with the one in `work`.
+
+        Args:
+            force: replace a dataset that is at `path`.
+            work: directory of an interruptible build: `checkpoint` may be called, an error leaves
+                the files for the next run, and the end leaves a whole dataset in `work/data`.
+
+        Raises:
+            DataError: `path` is taken.
+        """
         self._path = path
-        _check_target(path, force=force)
+        if work is None:
+            clear_leftovers(path)
+        check_target(path, force=force)
         self._tokenizer = tokenizer
         self._template = template
         self._sources = [dict(source) for source in sources]
@@ -75,14 +95,22 @@ class DatasetWriter:
         self.reasons: Counter[str] = Counter()
         self._dtype = token_dtype(tokenizer.vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._directory = temporary_name(path)
-        for part in ("media", "samples"):
-            (self._directory / part).mkdir(parents=True)
-        self._files = {name: HashingFile(self._directory / name) for name in _SAMPLE_FILES}
+        self._work = work
+        self._directory = temporary_name(path) if work is None else work / "data"
+        self._files: dict[str, HashingFile] = {}
         self._image_ids: dict[bytes, int] = {}
         self._shard = -1
         self._shard_offsets: list[int] = []
         self._tokens = self._refs = self._spans = self._samples = self._trained = 0
+        self.rows_done = 0
+        if work is not None and (work / PROGRESS_FILE).is_file():
+            self._resume(work / PROGRESS_FILE)
+            return
+        if self._directory.exists():
+            shutil.rmtree(self._directory)
+        for part in ("media", "samples"):
+            (self._directory / part).mkdir(parents=True)
+        self._files = {name: HashingFile(self._directory / name) for name in _SAMPLE_FILES}
 
     # --- rows
 
@@ -167,6 +195,7 @@ class DatasetWriter:
 
     def end_row(self) -> None:
         """Called after each row of a source, when all of it is stored or in the ledger."""
+        self.rows_done += 1
 
     def _write_key(self, key: str, answers: Sequence[str]) -> None:
         key_bytes = key.encode()
@@ -215,6 +244,58 @@ class DatasetWriter:
         self._files[name] = HashingFile(self._directory / name)
         self._files[name].write(data)
 
+    # --- interruption
+
+    def checkpoint(self) -> None:
+        """Make all rows so far survive a kill or a power cut; only with `work`."""
+        if self._work is None:
+            raise ValueError("checkpoint() needs a writer with `work`")
+        for file in self._files.values():
+            file.sync()
+        atomic_write_json(
+            self._work / PROGRESS_FILE,
+            {
+                "files": {name: file.size_bytes for name, file in self._files.items()},
+                "rows": {str(source): count for source, count in self._rows.items()},
+                "rejected": {str(source): count for source, count in self._rejected.items()},
+                "reasons": dict(self.reasons),
+                "shard": self._shard,
+                "tokens": self._tokens,
+                "refs": self._refs,
+                "spans": self._spans,
+                "samples": self._samples,
+                "trained": self._trained,
+                "rows_done": self.rows_done,
+            },
+        )
+
+    def _resume(self, progress: Path) -> None:
+        """Cut every file back to the last checkpoint and read what a writer remembers."""
+        state = json.loads(progress.read_bytes())
+        for file in sorted(self._directory.rglob("*")):
+            if (
+                file.is_file()
+                and file.relative_to(self._directory).as_posix() not in state["files"]
+            ):
+                file.unlink()
+        self._files = {
+            name: HashingFile.resume(self._directory / name, size=size)
+            for name, size in state["files"].items()
+        }
+        self._rows.update({int(source): count for source, count in state["rows"].items()})
+        self._rejected.update({int(source): count for source, count in state["rejected"].items()})
+        self.reasons.update(state["reasons"])
+        self._shard, self.rows_done = state["shard"], state["rows_done"]
+        self._tokens, self._refs, self._spans = state["tokens"], state["refs"], state["spans"]
+        self._samples, self._trained = state["samples"], state["trained"]
+        records = np.fromfile(self._directory / names.MEDIA_INDEX, dtype=IMAGE_RECORD)
+        self._image_ids = {
+            record.tobytes(): number for number, record in enumerate(records["blake2b"])
+        }
+        last = records[records["shard"] == max(self._shard, 0)]
+        # An offset in a record is that of the data, behind the member's header.
+        self._shard_offsets = (last["offset"].astype(np.int64) - _BLOCK).tolist()
+
     # --- end
 
     def __enter__(self) -> Self:
@@ -229,7 +310,8 @@ class DatasetWriter:
         if error is not None:
             for file in self._files.values():
                 file.discard()
-            shutil.rmtree(self._directory)
+            if self._work is None:
+                shutil.rmtree(self._directory)
             return
         self._finish()
 
@@ -241,7 +323,8 @@ class DatasetWriter:
         for part in ("media", "samples"):
             fsync_directory(self._directory / part)
         write_manifest(self._directory, self._document())
-        _publish(self._directory, self._path)
+        if self._work is None:
+            publish(self._directory, self._path)
 
     def _document(self) -> dict[str, Any]:
         sources = [
@@ -268,7 +351,7 @@ class DatasetWriter:
         }
 
 
-def _check_target(path: Path, *, force: bool) -> None:
+def check_target(path: Path, *, force: bool) -> None:
     """Refuse to replace anything but a prepared dataset, and that only with `force`."""
     if not path.exists():
         return
@@ -280,7 +363,7 @@ def _check_target(path: Path, *, force: bool) -> None:
         )
 
 
-def _publish(temporary: Path, path: Path) -> Manifest:
+def publish(temporary: Path, path: Path) -> Manifest:
     """Rename a whole dataset into place; an old one is moved aside first and deleted last."""
     old = None
     if path.exists():

@@ -1,0 +1,180 @@
+"""From a recipe to a dataset with its plans: killed at any moment, the next run goes on.
+
+All work is in NAME.gvd.tmp-build-KEY, where KEY is the identity of recipe and inputs, and one
+rename publishes it. Beside the dataset, .NAME.gvd.build.json says which KEY it was built for; it is
+no part of the dataset, whose bytes depend on the inputs alone.
+"""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.encode import EncoderSpec
+from ghostvis_mega.data.ingest import Progress, store_rows
+from ghostvis_mega.data.leftovers import BUILD_MARK, clear_leftovers, hold
+from ghostvis_mega.data.manifest import MANIFEST_FILE, PLANS_DIRECTORY, Manifest, read_manifest
+from ghostvis_mega.data.plan import PLAN_FILE, build_plan, save_plan
+from ghostvis_mega.data.readers.registry import open_source, source_text
+from ghostvis_mega.data.recipe import Recipe
+from ghostvis_mega.data.template import ROLES, load_tokenizer
+from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
+from ghostvis_mega.data.writer import PROGRESS_FILE, DatasetWriter, check_target, publish
+from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import atomic_write_json
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 5.0
+_STAMP = "stamp.json"
+_TRAINED = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A dataset that is as its recipe says."""
+
+    path: Path
+    manifest: Manifest
+    plans: tuple[str, ...]
+    up_to_date: bool
+
+
+def build(
+    recipe: Recipe,
+    *,
+    workers: int = 1,
+    force: bool = False,
+    progress: Progress | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Built:
+    """Build what is not there yet.
+
+    Args:
+        force: replace a dataset that no build made; build again what is up to date.
+        checkpoint_seconds: at most so much work is lost when the process is killed.
+
+    Raises:
+        DataError: an input cannot be read, `out` is something else, or another build is at work.
+    """
+    out, key = recipe.out, recipe.key()
+    stamp_file = out.with_name(f".{out.name}.build.json")
+    clear_leftovers(out, keep=(work := out.with_name(f"{out.name}{BUILD_MARK}{key}")))
+    stamp = _read_stamp(stamp_file)
+    ours = stamp is not None and _digest(out) == stamp["digest"]
+    if ours and not force and stamp["key"] == key and _has_plans(out, stamp["plans"]):
+        if work.exists():
+            with hold(work):
+                shutil.rmtree(work)
+        return Built(out, read_manifest(out), tuple(stamp["plans"]), up_to_date=True)
+    with hold(work):
+        ready = _read_stamp(work / _STAMP)
+        published = ready is not None and not (work / "data").exists()
+        check_target(out, force=force or ours or published)
+        if ready is None:
+            ready = _prepare(recipe, work, key, workers, progress, checkpoint_seconds)
+            atomic_write_json(work / _STAMP, ready)
+        if (work / "data").exists():
+            publish(work / "data", out)
+        atomic_write_json(stamp_file, ready)
+        shutil.rmtree(work)
+    return Built(out, read_manifest(out), tuple(ready["plans"]), up_to_date=False)
+
+
+def _read_stamp(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def _digest(out: Path) -> str | None:
+    return read_manifest(out).digest if (out / MANIFEST_FILE).is_file() else None
+
+
+def _has_plans(out: Path, plans: list[str]) -> bool:
+    return all((out / PLANS_DIRECTORY / name / PLAN_FILE).is_file() for name in plans)
+
+
+def _prepare(
+    recipe: Recipe,
+    work: Path,
+    key: str,
+    workers: int,
+    progress: Progress | None,
+    checkpoint_seconds: float,
+) -> dict[str, Any]:
+    """Rows and plans into `work/data`; returns the stamp."""
+    tokenizer = _tokenizer(recipe, work)
+    spec = EncoderSpec(
+        tokenizer.path, tokenizer.info(file=tokenizer.file_name), recipe.template, recipe.max_tokens
+    )
+    sources = [open_source(source) for source in recipe.sources]
+    with _writer(recipe, work, tokenizer) as writer:
+        if writer.rows_done:
+            log.warning("%s: going on after %d rows", recipe.out, writer.rows_done)
+        last = time.monotonic()
+
+        def after_block(rows: int, rejected: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= checkpoint_seconds:
+                writer.checkpoint()
+                last = time.monotonic()
+            if progress is not None:
+                progress(rows, rejected)
+
+        store_rows(
+            sources,
+            writer,
+            spec=spec,
+            workers=workers,
+            skip=writer.rows_done,
+            progress=after_block,
+        )
+        writer.checkpoint()
+    for reason, times in sorted(writer.reasons.items()):
+        log.warning("%s: %d rows rejected: %s", recipe.out, times, reason)
+    plans = []
+    with Dataset.open(work / "data") as dataset:
+        for plan in recipe.plans:
+            plans.append(save_plan(dataset, build_plan(dataset, plan.params())).name)
+        return {"key": key, "digest": dataset.manifest.digest, "plans": plans}
+
+
+def _tokenizer(recipe: Recipe, work: Path) -> Tokenizer:
+    file = recipe.tokenizer.file
+    if file is None:
+        file, vocab = work / _TRAINED, recipe.tokenizer.vocab
+        if not file.is_file() and vocab is not None:
+            lines = chain.from_iterable(source_text(source) for source in recipe.sources)
+            train_tokenizer(chain(lines, ROLES), vocab_size=vocab, path=file)
+    return load_tokenizer(file, template=recipe.template)
+
+
+def _writer(recipe: Recipe, work: Path, tokenizer: Tokenizer) -> DatasetWriter:
+    """A writer that goes on after the last checkpoint, or from the start if that is damaged."""
+    described = [
+        {"name": source.name, "license": source.license}
+        for source in (open_source(spec) for spec in recipe.sources)
+    ]
+
+    def make() -> DatasetWriter:
+        return DatasetWriter(
+            recipe.out,
+            tokenizer=tokenizer,
+            template=recipe.template,
+            sources=described,
+            force=True,  # `build` has checked the target
+            work=work,
+        )
+
+    try:
+        return make()
+    except DataError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
+        log.warning("%s: the last checkpoint is damaged (%s): from the start", work, error)
+        (work / PROGRESS_FILE).unlink(missing_ok=True)
+        return make()

@@ -1,0 +1,73 @@
+"""The command `build`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ghostvis_mega.data.build import build
+from ghostvis_mega.data.ingest import dry_run
+from ghostvis_mega.data.readers.registry import open_source
+from ghostvis_mega.data.recipe import load_recipe
+from ghostvis_mega.data.template import load_tokenizer
+from ghostvis_mega.utils.errors import DataError
+from tools.preprocess.options import Json, Progress, Workers, print_json
+
+
+def build_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to build.")],
+    workers: Workers = 1,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
+        False
+    ),
+    force: Annotated[bool, typer.Option(help="Build again; replace what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a dataset and its plans from a recipe; what is up to date is left alone.
+
+    Killed at any moment, the same command goes on and gives the same bytes.
+
+    The recipe: out: mix.gvd; tokenizer: {vocab: 512} or {file: tokenizer.json}; template: chatml;
+    sources: a list of {format, path, images, ...} as the options of ingest; plans: a list of
+    {seq_length, tokens_per_image}.
+
+    Example: python -m tools.preprocess build mix.yaml --workers 2
+    """
+    loaded = load_recipe(recipe)
+    progress = Progress()
+    if dry:
+        if loaded.tokenizer.file is None:
+            raise DataError("--dry-run counts tokens, so it needs `tokenizer.file` in the recipe")
+        counted = dry_run(
+            [open_source(spec) for spec in loaded.sources],
+            tokenizer=load_tokenizer(loaded.tokenizer.file, template=loaded.template),
+            template=loaded.template,
+            progress=progress,
+            workers=workers,
+            max_tokens=loaded.max_tokens,
+        )
+        progress.end()
+        print(
+            f"{counted.rows} rows would give {counted.samples} samples, {counted.images} images, "
+            f"{counted.tokens} tokens; rejected: {counted.rejected or 'none'}"
+        ) if not as_json else print_json(vars(counted))
+        return
+    built = build(loaded, workers=workers, force=force, progress=progress)
+    progress.end()
+    counts = built.manifest.counts
+    if as_json:
+        print_json(
+            {
+                "path": str(built.path),
+                "digest": built.manifest.digest,
+                "up_to_date": built.up_to_date,
+                "plans": list(built.plans),
+                **counts.model_dump(),
+            }
+        )
+        return
+    what = "up to date" if built.up_to_date else "built"
+    print(
+        f"{built.path}: {what}: {counts.samples} samples, {counts.images} images, "
+        f"{counts.tokens} tokens, {counts.rejected} rows rejected, {len(built.plans)} plans"
+    )
