@@ -6,8 +6,6 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from ghostvis_mega.config.schema import DataConfig, RunConfig
 from ghostvis_mega.data import state as data_state
 from ghostvis_mega.data.bad_samples import LEDGER, BadSamples
