@@ -309,7 +309,7 @@ def test_observer_writes_when_due_and_whole(tmp_path: Path) -> None:
     report.on_step(make_step(step=4))
     report.on_end({"status": "finished"})
     assert "finished: 4 of 4 steps" in path.read_text()
-    assert [entry.name for entry in path.parent.iterdir()] == ["index.html"]
+    assert {entry.name for entry in path.parent.iterdir()} == {"index.html", "previews"}
 
 
 def test_writing_takes_a_small_part_of_a_run(tmp_path: Path) -> None:

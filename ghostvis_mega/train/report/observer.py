@@ -6,6 +6,7 @@ from pathlib import Path
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import Preview, RunInfo, Summary
 from ghostvis_mega.train.observers.jsonlines import read_metrics
+from ghostvis_mega.train.report.history import PreviewHistory
 from ghostvis_mega.train.report.page import ReportData, render_page
 from ghostvis_mega.utils.files import atomic_write
 
@@ -15,6 +16,8 @@ COST_LIMIT = 50
 
 class HtmlReport:
     """Writes one self-contained HTML file every `every` steps, at previews and at the end.
+
+    Previews are also kept in the folder `previews` beside it, from which a resumed run reads them.
 
     Args:
         path: the page, such as `OUTPUT/report/index.html`.
@@ -26,16 +29,21 @@ class HtmlReport:
         self._path = path
         self._every = every
         self._history = history
+        self._previews = PreviewHistory(path.parent / "previews")
         self._data = ReportData(run={"total_steps": 0})
         self._not_before_s = 0.0
 
     def on_start(self, run: RunInfo) -> None:
-        """Begin the page, with the earlier steps of a resumed run."""
+        """Begin the page, with the earlier steps and previews of a resumed run.
+
+        Raises:
+            DataError: a file that holds them is damaged.
+        """
         start = run.get("start_step", 0)
         self._data = ReportData(run=run)
         if start and self._history is not None and self._history.exists():
             self._data.steps = read_metrics(self._history, last_step=start)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._data.previews = self._previews.begin(last_step=start)
 
     def on_step(self, m: StepMetrics) -> None:
         """Keep the step; write the page when it is due."""
@@ -46,6 +54,7 @@ class HtmlReport:
     def on_preview(self, step: int, previews: list[Preview]) -> None:
         """Keep the previews and write the page."""
         self._data.previews[step] = list(previews)
+        self._previews.keep(step, previews)
         self._write()
 
     def on_end(self, summary: Summary) -> None:
