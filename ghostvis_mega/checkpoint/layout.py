@@ -1,10 +1,11 @@
 """Settings that a resumed run must share with the run that saved, and the sentence if it does not.
 
-Learning rates, the number of steps, logging and the like may change between the two.
+Learning rates, the number of steps, logging and the like may change between the two. A run that
+takes over weights alone must share only what these weights mean something with.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from ghostvis_mega.engine.step import TrainEngine
 ENGINES = ("llm", "vision")
 _NOT_SHAPES = ("preset", "init_std")
 """Keys of the model's settings that a trained model no longer depends on."""
+_ABSENT = "absent"
+_BOUNDS = ("model.llm.max_positions", "model.vision.image_size")
+"""Fields of a module that its weights do not depend on, or that their shapes show."""
 
 
 def engine_name(engine: TrainEngine, zero: object) -> str:
@@ -39,6 +43,7 @@ def layout_of(engine: TrainEngine) -> dict[str, JsonValue]:
         "batch.global_size": run.batch.global_size,
         "data.seq_length": run.data.seq_length,
         "data.packing": run.data.packing,
+        "data.augment": run.data.augment,
         "train.seed": run.train.seed,
     }
     return json.loads(json.dumps(fields))
@@ -63,22 +68,61 @@ def layout_problem(
         saved: Its fields.
         here: This run's.
     """
-    absent = "absent"
-    different = [
-        field
-        for field in dict.fromkeys([*here, *saved])
-        if here.get(field, absent) != saved.get(field, absent)
-    ]
+    different = _different(saved, here)
     if not different:
         return None
     field = different[0]
-    there, mine = saved.get(field, absent), here.get(field, absent)
+    there, mine = saved.get(field, _ABSENT), here.get(field, _ABSENT)
     others = f" (also different: {', '.join(different[1:])})" if different[1:] else ""
     return (
         f"{path} does not fit this run: {field} is {_text(there)} in the checkpoint and "
         f"{_text(mine)} here{others}. "
         f"{_fix(field, there)}, or checkpoint.resume=none to start anew."
     )
+
+
+def model_differences(
+    *, saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue], modules: Collection[str]
+) -> list[str]:
+    """One sentence for each field that gives the weights of `modules` another meaning here.
+
+    Args:
+        saved: Fields of the checkpoint.
+        here: This run's.
+        modules: Parts of the model whose weights are taken over; both sides have them.
+    """
+    sentences = []
+    for field in _different(saved, here):
+        if not any(_belongs(field, module) for module in modules):
+            continue
+        there, mine = saved.get(field, _ABSENT), here.get(field, _ABSENT)
+        fix = f"Set {field}={_text(there)}"
+        if there == _ABSENT:
+            fix = "Take a checkpoint that names it"
+        sentences.append(
+            f"{field} is {_text(there)} in the checkpoint and {_text(mine)} here. "
+            f"{fix}, or leave out checkpoint.weights."
+        )
+    return sentences
+
+
+def _belongs(field: str, module: str) -> bool:
+    """Whether the weights of a module mean something else where the field differs."""
+    if module == "resampler":
+        names = ("kind", "num_layers", "num_heads")
+        return field in [f"model.connector.{name}" for name in names]
+    if module == "projector":
+        # It reads what the resampler made, by average or by attention.
+        return field == "model.connector.kind"
+    return field.startswith(f"model.{module}.") and field not in _BOUNDS
+
+
+def _different(saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]) -> list[str]:
+    return [
+        field
+        for field in dict.fromkeys([*here, *saved])
+        if here.get(field, _ABSENT) != saved.get(field, _ABSENT)
+    ]
 
 
 def _text(value: JsonValue) -> str:
@@ -91,6 +135,6 @@ def _fix(field: str, there: JsonValue) -> str:
     if field.startswith("zero_stage."):
         name = field.removeprefix("zero_stage.")
         return f"Set deepspeed.{name} to a file with zero_optimization.stage={_text(there)}"
-    if there == "absent":
+    if there == _ABSENT:
         return f"Remove {field}"
     return f"Set {field}={_text(there)}"

@@ -139,9 +139,10 @@ class CheckpointReader:
 
     def random_state(self, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Tensors and texts that a rank saved of its random generators."""
-        file = self._file(self.random_file(rank))
+        name = self.random_file(rank)
+        file = self._file(name)
         keys = file.keys()
-        return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+        return {key: self._tensor(name, key) for key in keys}, dict(file.metadata() or {})
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

@@ -13,10 +13,16 @@ from ghostvis_mega.checkpoint.held import (
     set_optimizer_steps,
     weight_span,
 )
-from ghostvis_mega.checkpoint.layout import engine_name, layout_of, layout_problem
+from ghostvis_mega.checkpoint.layout import (
+    engine_name,
+    layout_of,
+    layout_problem,
+    model_differences,
+)
 from ghostvis_mega.checkpoint.manifest import Kind
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.checkpoint.snapshot import parameter_entries, saved_kinds
+from ghostvis_mega.checkpoint.together import on_every_rank
 from ghostvis_mega.engine.optimizer import module_of
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.model.shards import shard
@@ -49,11 +55,49 @@ def resume_problems(engine: TrainEngine, reader: CheckpointReader) -> Iterator[s
                     yield problem
 
 
+def model_parameters(engine: TrainEngine) -> frozenset[str]:
+    """Global names of all parameters of the model, whichever rank has them; collective."""
+    return frozenset().union(
+        *on_every_rank(lambda: [held.name for held in held_parameters(engine)])
+    )
+
+
 def weight_problems(
-    engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]
+    engine: TrainEngine,
+    reader: CheckpointReader,
+    modules: Collection[str],
+    *,
+    own_names: Collection[str],
 ) -> Iterator[str]:
-    """What keeps this rank from taking over the weights of `modules`."""
+    """What keeps this rank from taking over the weights of `modules`.
+
+    Args:
+        engine: Of this run.
+        reader: The checkpoint.
+        modules: Parts to take over.
+        own_names: All parameters of the model here, those of other ranks as well.
+    """
+    saved = reader.manifest.parameters
+    inside = {info.module for info in saved.values()}
+    for side, has in (("checkpoint", inside), ("model", set(engine.run.model.modules))):
+        if lacking := [module for module in modules if module not in has]:
+            yield (
+                f"{reader.path}: the weights of {', '.join(lacking)} are wanted, but the {side} "
+                f"has only {', '.join(sorted(has))}. Name only parts that both have."
+            )
+            return
+    layout, here = reader.manifest.layout, layout_of(engine)
+    if sentences := model_differences(saved=layout, here=here, modules=modules):
+        yield f"{reader.path} does not fit this model: {' '.join(sentences)}"
+        return
     yield from _parameter_problems(engine, reader, modules, same_dtype=False)
+    chosen = [name for name, info in saved.items() if info.module in modules]
+    if unknown := sorted(set(chosen) - set(own_names)):
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        yield (
+            f"{reader.path} holds {unknown[0]}{others}, which this model lacks: its weights would "
+            "be taken over in part. Set the model settings of the run that saved it."
+        )
 
 
 def _parameter_problems(
@@ -76,16 +120,25 @@ def _parameter_problems(
 
 @torch.no_grad()
 def restore(engine: TrainEngine, reader: CheckpointReader) -> None:
-    """Weights, masters, moments and update counts of this rank, each element exactly as saved."""
+    """Weights, masters, moments and update counts, each element exactly as saved; collective.
+
+    Raises:
+        CheckpointError: A file could not be read on some rank; raised on all of them.
+    """
     for zero in engine.engines:
         release_gathered(zero)
+    on_every_rank(lambda: _restore_elements(engine, reader))
+    for zero in engine.engines:
+        set_optimizer_steps(zero, reader.manifest.optimizer_steps[engine_name(engine, zero)])
+        gather_persistent(zero)
+
+
+def _restore_elements(engine: TrainEngine, reader: CheckpointReader) -> None:
+    """Without any collective: a rank that fails here must not leave others in one."""
     for held in held_parameters(engine):
         if (span := weight_span(held)) is not None:
             span.tensors["weight"].copy_(_read(reader, "weights", held, span.start, span.length))
         _restore_optimizer(reader, held)
-    for zero in engine.engines:
-        set_optimizer_steps(zero, reader.manifest.optimizer_steps[engine_name(engine, zero)])
-        gather_persistent(zero)
 
 
 def _restore_optimizer(reader: CheckpointReader, held: Held) -> None:
@@ -112,10 +165,24 @@ def _read(
 def restore_weights(
     engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]
 ) -> None:
-    """Weights of `modules` alone, from a checkpoint of any layout; masters follow the weights."""
-    gated = engine.run.model.llm.activation == "swiglu"
+    """Weights of `modules` alone, from a checkpoint of any layout; masters follow the weights;
+    collective.
+
+    Raises:
+        CheckpointError: A file could not be read on some rank; raised on all of them.
+    """
     for zero in engine.engines:
         release_gathered(zero)
+    on_every_rank(lambda: _restore_parts(engine, reader, modules))
+    for zero in engine.engines:
+        if zero.stage > 0:
+            zero.optimizer.refresh_fp32_params()
+        gather_persistent(zero)
+
+
+def _restore_parts(engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]) -> None:
+    """This rank's share of them, without any collective."""
+    gated = engine.run.model.llm.activation == "swiglu"
     for held in held_parameters(engine):
         span = weight_span(held)
         if span is None or module_of(held.name) not in modules:
@@ -126,7 +193,3 @@ def restore_weights(
             whole = shard(whole, held.name, size=size, rank=held.tensor_rank, gated=gated)
         part = whole.reshape(-1)[span.start : span.start + span.length]
         span.tensors["weight"].copy_(part)
-    for zero in engine.engines:
-        if zero.stage > 0:
-            zero.optimizer.refresh_fp32_params()
-        gather_persistent(zero)

@@ -6,6 +6,7 @@ Every method is called by all ranks alike; what fails on one fails on all, with 
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ghostvis_mega.checkpoint.manifest import FileInfo, size_problem, write_mani
 from ghostvis_mega.checkpoint.random_state import restore_random_state
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.checkpoint.restore import (
+    model_parameters,
     restore,
     restore_weights,
     resume_problems,
@@ -145,10 +147,10 @@ class CheckpointStore:
         Raises:
             CheckpointError: A file is missing or damaged, or the checkpoint is of another layout.
         """
-        with CheckpointReader(path) as reader:
+        with _opened(path) as reader:
             _verify(reader, engine.groups, resume_problems(engine, reader), reader.files())
             restore(engine, reader)
-            restore_random_state(*reader.random_state(engine.groups.rank))
+            on_every_rank(lambda: restore_random_state(*reader.random_state(engine.groups.rank)))
             manifest = reader.manifest
         log.info("resumed from %s after step %d", path, manifest.step)
         return TrainState(manifest.step, manifest.sequences, manifest.extra)
@@ -168,19 +170,49 @@ def load_weights(
         What was taken over; the log names the parts that stay freshly initialised.
 
     Raises:
-        CheckpointError: A file is missing or damaged, a part is missing, or shapes differ.
+        CheckpointError: A file is missing or damaged, a part is missing, or the parts that are
+            taken over differ from the model's in their settings, their parameters or shapes.
     """
     own = engine.run.model.modules
-    with CheckpointReader(path) as reader:
+    own_names = model_parameters(engine)
+    with _opened(path) as reader:
         saved = {info.module for info in reader.manifest.parameters.values()}
-        chosen = tuple(m for m in own if m in (saved if modules is None else modules))
-        problems = weight_problems(engine, reader, chosen)
+        wanted = [m for m in own if m in saved] if modules is None else modules
+        problems = weight_problems(engine, reader, wanted, own_names=own_names)
         _verify(reader, engine.groups, problems, reader.files("weights"))
-        restore_weights(engine, reader, chosen)
-    fresh = [module for module in own if module not in chosen]
-    suffix = f"; freshly initialised: {', '.join(fresh)}" if fresh else ""
+        restore_weights(engine, reader, wanted)
+    chosen = tuple(module for module in own if module in wanted)
+    suffix = ""
+    if fresh := [module for module in own if module not in chosen]:
+        suffix = f"; freshly initialised: {', '.join(fresh)}"
+    if unused := sorted(saved - set(chosen)):
+        suffix += f"; not taken over: {', '.join(unused)}"
     log.info("weights of %s from %s%s", ", ".join(chosen), path, suffix)
     return chosen
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[CheckpointReader]:
+    """The checkpoint, open on all ranks or on none; collective.
+
+    Raises:
+        CheckpointError: Some rank sees no sound manifest, or not the same as others: a file system
+            may show old content for a while.
+    """
+    readers: list[CheckpointReader] = []
+
+    def open_here() -> str:
+        readers.append(CheckpointReader(path))
+        return readers[0].manifest.digest
+
+    digests = on_every_rank(open_here)
+    with readers[0] as reader:
+        if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise CheckpointError(
+                f"{path} is not the same checkpoint on all ranks: {others} see another manifest "
+                "than rank 0. Do all nodes see the same folder?"
+            )
+        yield reader
 
 
 def _write_own(engine: TrainEngine, folder: Path) -> dict[str, Any]:
