@@ -22,6 +22,10 @@ from ghostvis_mega.utils.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+_TOO_UNEVEN, _MANY_BINS = 1.05, 8
+"""Most loaded bin over the mean bin, and number of bins, from which another way of dealing is
+tried. With fewer bins the first way stays, and with it the batches of small runs."""
+
 _SOURCE_KEY_BITS = 40
 """Datasets of one size must not run in step: each permutes by a seed of its own."""
 
@@ -258,7 +262,9 @@ def balance(costs: np.ndarray, *, bins: int) -> list[list[int]]:
     """Spread items over bins: equal counts, and both costs even.
 
     Greedy: the costliest item first, into the bin with room whose larger normalised load stays
-    smallest. Deterministic; ties go to the lower number.
+    smallest. Where one cost is nearly the same for all items, it hides the other; if a bin then
+    bears too much, items are dealt by how far they are from the mean. Deterministic; ties go to
+    the lower number.
 
     Args:
         costs: float64 [items, 2]; the number of items is a multiple of `bins`.
@@ -267,7 +273,20 @@ def balance(costs: np.ndarray, *, bins: int) -> list[list[int]]:
         Item numbers of each bin, ascending within a bin.
     """
     share = costs / np.maximum(costs.sum(axis=0), 1.0)
-    room = np.full(bins, len(costs) // bins)
+    members = _deal_by_load(share, bins)
+    if _MANY_BINS <= bins < len(costs) and _worst(costs, members) > _TOO_UNEVEN:
+        members = min(members, _deal_by_distance(costs, bins), key=lambda m: _worst(costs, m))
+    return [sorted(member) for member in members]
+
+
+def _worst(costs: np.ndarray, members: list[list[int]]) -> float:
+    """The most loaded bin over the mean bin, for the cost where that is largest."""
+    loads = costs[np.array(members)].sum(axis=1)
+    return float((loads.max(axis=0) / np.maximum(loads.mean(axis=0), 1e-9)).max())
+
+
+def _deal_by_load(share: np.ndarray, bins: int) -> list[list[int]]:
+    room = np.full(bins, len(share) // bins)
     loads = np.zeros((bins, 2))
     members: list[list[int]] = [[] for _ in range(bins)]
     for item in np.argsort(-share.max(axis=1), kind="stable").tolist():
@@ -276,4 +295,20 @@ def balance(costs: np.ndarray, *, bins: int) -> list[list[int]]:
         loads[chosen] += share[item]
         room[chosen] -= 1
         members[chosen].append(item)
-    return [sorted(member) for member in members]
+    return members
+
+
+def _deal_by_distance(costs: np.ndarray, bins: int) -> list[list[int]]:
+    """The item furthest from the mean first, to where the sums of distances come closest to 0."""
+    away = costs / np.maximum(costs.mean(axis=0), 1e-9) - 1
+    room = np.full(bins, len(costs) // bins)
+    sums = np.zeros((bins, 2))
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for item in np.argsort(-np.abs(away).max(axis=1), kind="stable").tolist():
+        # Growth of the squared length of each bin's sum.
+        growth = (sums @ away[item]) * 2
+        chosen = int(np.argmin(np.where(room > 0, growth, np.inf)))
+        sums[chosen] += away[item]
+        room[chosen] -= 1
+        members[chosen].append(item)
+    return members

@@ -1,6 +1,7 @@
 """Statistics against plain counting, balance against BatchSource, the page against hostility."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ghostvis_mega.data.stats import dataset_stats, mix_stats
 from ghostvis_mega.data.template import Turn
 from ghostvis_mega.data.tokenizer import Tokenizer
 from tests.train.test_report import HOSTILE, Page
+from tools.preprocess.cli import main
 
 SEQ, WIDTH, SEED = 192, 16, 3
 OPTIONS = {"seq_length": SEQ, "tokens_per_image": WIDTH, "seed": SEED, "data_parallel": (2, 8)}
@@ -126,12 +128,14 @@ def test_the_balance_is_that_of_batch_source(dataset: Dataset, data_parallel: in
 
 
 def test_the_mix_is_what_its_description_says() -> None:
-    lengths, images = ghostvis_mix(50_000, seq_length=4096, tokens_per_image=64, seed=1)
+    lengths, images = ghostvis_mix(50_000, seq_length=10**9, tokens_per_image=64, seed=1)
     assert images.mean() == pytest.approx(0.8, abs=0.01)
-    assert np.median(lengths[images == 1]) == pytest.approx(64 + 80, abs=2)
-    assert np.median(lengths[images == 0]) == pytest.approx(400, rel=0.03)
-    assert lengths.max() <= 4096
+    assert np.median(lengths[images == 1]) == pytest.approx(64 + 35, abs=2)
+    assert np.median(lengths[images == 0]) == pytest.approx(500, rel=0.06)
     assert lengths[images == 1].min() >= 64 + 16
+    assert len(lengths) == 50_000
+    short, _ = ghostvis_mix(50_000, seq_length=4096, tokens_per_image=64, seed=1)
+    assert np.array_equal(short, lengths[lengths <= 4096])
 
 
 def test_rejects_and_repeats_are_counted(
@@ -193,3 +197,51 @@ def test_a_missed_bar_is_said() -> None:
     assert not stats["bars"][0]["ok"]
     assert "MISSED  padding waste" in stats_text(stats)
     assert "bars missed" in render_stats(stats, {})
+
+
+def test_the_mix_meets_its_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    """Waste, images a sequence, and tower and total cost over 8 and 32 ranks, as printed."""
+    with pytest.raises(SystemExit) as end:
+        main(["stats", "--lengths", "ghostvis-mix", "--json"])
+    assert end.value.code == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert (stats["seq_length"], stats["samples"] + stats["too_long"]) == (4096, 200_000)
+    balanced = stats["packing"]["balanced"]
+    images = balanced["images_per_sequence"]
+    assert balanced["padding_waste"] <= 0.010
+    assert balanced["bound_waste"] <= balanced["padding_waste"]
+    assert images["sd"] <= 0.35 * images["mean"]
+    assert [row["data_parallel"] for row in stats["balance"]] == [8, 32, 512]
+    for row in stats["balance"][:2]:
+        assert row["assigned"]["tower"] <= 1.10
+        assert row["assigned"]["total"] <= 1.05
+        assert row["naive"]["tower"] > 1.10
+    assert len(stats["bars"]) == 6
+    assert all(bar["ok"] for bar in stats["bars"])
+
+
+def test_the_bars_need_both_ways_of_dealing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghostvis_mega.data.source._TOO_UNEVEN", math.inf)
+    stats = mix_stats(seq_length=4096, tokens_per_image=64, seed=0, data_parallel=(32,))
+    assert {bar["name"] for bar in stats["bars"] if not bar["ok"]} >= {
+        "tower cost, max / mean over 32 ranks"
+    }
+
+
+def test_the_demo_meets_its_bars(tmp_path: Path) -> None:
+    """The demo's own pictures and questions, sequence length and tokens an image."""
+    pytest.importorskip("easy_vqa")
+    from ghostvis_mega.data.readers.easy_vqa import easy_vqa_source, easy_vqa_text
+    from ghostvis_mega.data.template import ROLES
+    from ghostvis_mega.data.tokenizer import train_tokenizer
+
+    lines = [*easy_vqa_text("train"), *ROLES]
+    tokenizer = train_tokenizer(lines, vocab_size=512, path=tmp_path / "tok.model")
+    ingest([easy_vqa_source("test")], tokenizer=tokenizer, path=tmp_path / "demo.gvd")
+    with Dataset.open(tmp_path / "demo.gvd") as opened:
+        stats = dataset_stats(
+            opened, seq_length=1024, tokens_per_image=16, seed=0, patches_per_image=64,
+            data_parallel=(8, 32),
+        )  # fmt: skip
+    assert stats["bars"][0]["limit"] == 0.015
+    assert [bar["name"] for bar in stats["bars"] if not bar["ok"]] == []
