@@ -150,6 +150,10 @@ def image_path(name: Any, folder: Path | None) -> Path:
     """File of an image; names from a data file must not leave the folder."""
     if not isinstance(name, str) or not name:
         raise RowError("bad_image_name", f"image name {name!r} is not a text")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("bad_image_name", f"image name {name!r}: {error.reason}") from error
     if "://" in name or name.startswith("data:"):
         raise RowError("image_is_url", f"{name[:80]}: addresses are not fetched, download it first")
     relative = PurePosixPath(name)
