@@ -11,12 +11,13 @@ import torch
 
 from ghostvis_mega.config.load import load_run_config
 from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data import images as images_module
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.images import load_pixels
 from ghostvis_mega.data.pixels import ImageError
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.groups import Place
-from ghostvis_mega.train import feed as feed_module
-from ghostvis_mega.train.feed import Feed, augment_seed, load_pixels
+from ghostvis_mega.train.feed import Feed, augment_seed
 from ghostvis_mega.utils.errors import DataError
 
 STEPS = 5
@@ -123,13 +124,13 @@ def test_a_picture_that_cannot_be_decoded_is_named(
     easy_vqa: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = Dataset.open(easy_vqa / "train.gvd")
-    load_image = feed_module.load_image
+    load_image = images_module.load_image
     damaged = dataset.image_bytes(3)
 
     def refuse(data: bytes, **options: Any) -> torch.Tensor:
         return load_image(data[:40] if data == damaged else data, **options)
 
-    monkeypatch.setattr(feed_module, "load_image", refuse)
+    monkeypatch.setattr(images_module, "load_image", refuse)
     assert load_pixels(dataset, [2, 4], size=64, seeds=None).shape == (2, 3, 64, 64)
     with pytest.raises(DataError, match=rf"image 3 of {dataset.path} cannot be used: ") as error:
         load_pixels(dataset, [2, 3], size=64, seeds=None)

@@ -11,9 +11,9 @@ import torch
 from ghostvis_mega.config.load import load_run_config
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.images import load_pixels
 from ghostvis_mega.engine.decode import Prompt
 from ghostvis_mega.train import previews
-from ghostvis_mega.train.feed import load_pixels
 from ghostvis_mega.train.previews import Previewer, build_decoder
 
 RUN = """\
