@@ -151,7 +151,7 @@ class Training:
         found = store.find(checkpoint.resume)
         if found is None:
             if checkpoint.weights is not None:
-                load_weights(checkpoint.weights, engine)
+                load_weights(checkpoint.weights, engine, modules=checkpoint.weights_of or None)
             return 0
         state = store.load(found, engine)
         data = state.extra.get("data")

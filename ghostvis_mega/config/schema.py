@@ -248,6 +248,8 @@ class CheckpointConfig(Section):
     """`auto`: this run's newest checkpoint, if any; `none`: start anew; else a path."""
     weights: Path | None = None
     """Checkpoint of another run, of any layout, whose weights a new run begins with."""
+    weights_of: tuple[Module, ...] = ()
+    """The parts to take from `weights`; empty: all that both models have."""
 
 
 class LogConfig(Section):

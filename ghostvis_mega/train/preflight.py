@@ -250,6 +250,11 @@ def _output_problems(cfg: RunConfig) -> list[str]:
             f"checkpoint.weights={weights} is no checkpoint: it has no manifest.json. Name one "
             "such as runs/NAME/checkpoints/step-00001000, or remove it."
         )
+    if cfg.checkpoint.weights_of and weights is None:
+        problems.append(
+            "checkpoint.weights_of without checkpoint.weights has no effect. Name the checkpoint, "
+            "or remove it."
+        )
     off = {"tensorboard": "false", "wandb": "disabled"}
     wanted = {"tensorboard": cfg.log.tensorboard, "wandb": cfg.log.wandb != "disabled"}
     for package, on in wanted.items():

@@ -98,6 +98,7 @@ def test_the_module_is_the_command(run_file):
         ({}, "data.tokenizer=nowhere.model", "data.tokenizer=nowhere.model is not", "Remove it"),
         ({}, "data.heldout=nowhere.gvd", "data.heldout: nowhere.gvd", "tools.preprocess"),
         ({}, "checkpoint.resume=nowhere", "checkpoint.resume=nowhere", "no manifest.json"),
+        ({}, "checkpoint.weights_of=[llm]", "checkpoint.weights_of", "Name the checkpoint"),
         ({}, "checkpoint.weights=nowhere", "checkpoint.weights=nowhere", "no manifest.json"),
         ({}, "log.output=README.md/run", "log.output=README.md/run", "README.md is a file"),
     ],
