@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ghostvis_mega.data.export.megatron import MegatronFiles
 from ghostvis_mega.data.manifest import SCHEMA
 from ghostvis_mega.data.plan import Algorithm, PlanParams
 from ghostvis_mega.data.readers.registry import SourceSpec, find_format
@@ -75,15 +76,24 @@ class Recipe(_Part):
         """
         files = [self.tokenizer.file]
         for source in self.sources:
-            files += [source.path, source.annotations, source.images]
-            if source.format == "text" and source.path is not None and source.path.is_dir():
-                files += sorted(source.path.rglob("*"))
+            files += [source.annotations, source.images, *_row_files(source)]
         identity = {
             "schema": SCHEMA,
             "recipe": self.model_dump(mode="json"),
             "inputs": [_state(path) for path in files if path is not None],
         }
         return hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
+
+
+def _row_files(source: SourceSpec) -> list[Path]:
+    """The files that hold the rows of a source: one, those of a folder, or a Megatron pair."""
+    path = source.path
+    if path is None:
+        return []
+    if source.format == "megatron":
+        files = MegatronFiles.of(path)
+        return [files.bin, files.idx, files.json]
+    return [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]
 
 
 def _state(path: Path) -> list[Any]:
@@ -117,22 +127,26 @@ def load_recipe(path: Path) -> Recipe:
         ]
         raise DataError("\n".join(problems)) from error
     find_style(recipe.template)
-    for source in recipe.sources:
+    for number, source in enumerate(recipe.sources):
         find_format(source.format)
+        if source.tokenizer is not None:
+            raise DataError(
+                f"{path}: `sources.{number}.tokenizer`: remove it, the recipe's tokenizer is used"
+            )
     folder = path.resolve().parent
-    sources = tuple(
-        source.model_copy(
-            update={
-                name: folder / value
-                for name in ("path", "images", "annotations")
-                if (value := getattr(source, name)) is not None
-            }
-        )
-        for source in recipe.sources
-    )
     tokenizer = recipe.tokenizer
     if tokenizer.file is not None:
         tokenizer = TokenizerRecipe(file=folder / tokenizer.file)
+    sources = tuple(_absolute(source, folder, tokenizer.file) for source in recipe.sources)
     return recipe.model_copy(
         update={"out": folder / recipe.out, "sources": sources, "tokenizer": tokenizer}
     )
+
+
+def _absolute(source: SourceSpec, folder: Path, tokenizer: Path | None) -> SourceSpec:
+    paths = {
+        name: folder / value
+        for name in ("path", "images", "annotations")
+        if (value := getattr(source, name)) is not None
+    }
+    return source.model_copy(update={**paths, "tokenizer": tokenizer})
