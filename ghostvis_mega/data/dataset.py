@@ -175,10 +175,15 @@ class Dataset:
 
         Returns:
             int32 tokens up to and including the header of the last assistant turn, the image ids
-            among them, the reference answer, and the text of the last question.
+            among them, the reference answer, and the text of the last question. A document has no
+            questions: its first half is asked, and its second half is the answer.
         """
         sample = self.sample(index)
         roles = sample.spans["role"]
+        if Role.ASSISTANT not in roles:
+            half = max(1, len(sample.tokens) // 2)
+            asked, rest = sample.tokens[:half], sample.tokens[half:]
+            return asked, (), self.tokenizer.decode(rest), self.tokenizer.decode(asked)
         answer = sample.spans[np.flatnonzero(roles == Role.ASSISTANT)[-1]]
         end = int(answer["start"])
         image_ids = sample.image_ids[: sum(position < end for position in sample.image_positions)]

@@ -350,3 +350,14 @@ def test_ready_tokens_are_documents(tokenizer: Tokenizer, tmp_path: Path) -> Non
     with Dataset.open(path) as dataset:
         assert dataset.sample(0).tokens.tolist() == rows[0].tokens.tolist()
         assert [Role(role) for role in dataset.sample(0).spans["role"]] == [Role.TEXT, Role.EOS]
+
+
+def test_a_document_is_continued(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "what color is the shape? the shape is blue."
+    (tmp_path / "a.txt").write_text(text)
+    source = open_source(SourceSpec(format="text", path=tmp_path / "a.txt"))
+    ingest([source], tokenizer=tokenizer, path=tmp_path / "made.gvd")
+    with Dataset.open(tmp_path / "made.gvd") as dataset:
+        tokens, image_ids, rest, begin = dataset.prompt(0)
+        assert begin + rest == text
+        assert (len(tokens), image_ids) == (dataset.manifest.counts.tokens // 2, ())
