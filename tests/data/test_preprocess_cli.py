@@ -12,7 +12,7 @@ from PIL import Image
 from ghostvis_mega.data.dataset import Dataset
 from tools.preprocess.cli import main
 
-COMMANDS = ("train-tokenizer", "ingest", "plan", "stats", "verify")
+COMMANDS = ("train-tokenizer", "ingest", "plan", "stats", "inspect", "verify")
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
