@@ -4,10 +4,12 @@ import contextlib
 import datetime
 import logging
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -59,6 +61,10 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
         # Started without a launcher there is nobody to meet.
         **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
     )
+    # Nothing of ours draws from these; what does should do so alike in equal runs.
+    random.seed(run.train.seed)
+    numpy.random.seed(run.train.seed % 2**32)
+    torch.manual_seed(run.train.seed)
     watchdog = Watchdog(timeout_s=run.train.timeout_s, rank=rank)
     groups = build_groups(Degrees.of(run, world_size=size), seed=run.train.seed)
     try:
