@@ -44,6 +44,7 @@ def contents(*paths: Path) -> list[Content]:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of one command."""
+    capsys.readouterr()  # what was printed before, training a tokenizer for example, is not its
     try:
         code = main([str(argument) for argument in arguments])
     except SystemExit as end:
