@@ -22,12 +22,14 @@ from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.encode import Row
 from ghostvis_mega.data.images import load_pixels
 from ghostvis_mega.data.ingest import Source, ingest
+from ghostvis_mega.data.layout import shard_name
 from ghostvis_mega.data.order import hash_u64
 from ghostvis_mega.data.plan import build_plan, save_plan
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.data.tars import tar_members
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.data.tokenizer import train_tokenizer
+from ghostvis_mega.perf.bench_energon import energon_version, measure_energon
 from ghostvis_mega.perf.bench_plan import (
     PARAMS,
     SAMPLES_AN_IMAGE,
@@ -42,22 +44,35 @@ log = logging.getLogger(__name__)
 SIDE = 336
 WIDTH, HEIGHT = 640, 480
 THREADS = 2
+BATCH_SIZE = 16
 _RUNS = 5
+_MANY, _INGESTED = "many.gvd", "in.gvd"
+_WHAT = f"JPEG {WIDTH}x{HEIGHT} to uint8 {SIDE}"
+# By CPU time: of two cores that do nothing else. Wall time beside shows what threads cost.
+_PER_CPU = f"{_WHAT}, {THREADS} cores by CPU time"
 
 Row5 = dict[str, Any]
 
 
-def measure_data(folder: Path | None = None) -> list[Row5]:
+def measure_data(folder: Path | None = None, *, energon: str | None = None) -> list[Row5]:
     """All rows of name, value, unit, bar and ok; about two minutes on two cores.
 
     Args:
         folder: where some hundred MB are written and removed; by default the system's.
+        energon: interpreter that has megatron-energon, to show its figures beside ours.
+
+    Raises:
+        GhostVisError: that interpreter has no megatron-energon; said before anything is timed.
     """
     rows: list[Row5] = []
+    version = None if energon is None else energon_version(energon)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         pictures = [photo(number) for number in range(64)]
-        for part in (_plans(), _million(place), _loader(place, pictures), _ingest(place, pictures)):
+        parts = [_plans(), _million(place), _loader(place, pictures), _ingest(place, pictures)]
+        if energon is not None:
+            parts.append(_energon(place, energon, f"energon {version}"))
+        for part in parts:
             for row in part:
                 log.info("%s: %.4g %s", row["name"], row["value"], row["unit"])
                 rows.append(row)
@@ -175,16 +190,15 @@ def _loader(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
         image_of=np.arange(len(pictures)),
         pictures=[(data, WIDTH, HEIGHT) for data in pictures],
     )
-    batches = [range(start, start + 16) for start in range(0, len(pictures), 16)] * 10
+    starts = range(0, len(pictures), BATCH_SIZE)
+    batches = [range(start, start + BATCH_SIZE) for start in starts] * 10
     count = sum(len(batch) for batch in batches)
     with Dataset.open(path) as dataset:
         loaded = _threads(lambda ids: load_pixels(dataset, ids, size=SIDE, seeds=None), batches)
     raw = _threads(lambda ids: [_pillow(pictures[number]) for number in ids], batches)
-    what = f"JPEG {WIDTH}x{HEIGHT} to uint8 {SIDE}"
-    # By CPU time: of two cores that do nothing else. Wall time beside shows what threads cost.
-    per_cpu, per_wall = f"{what}, {THREADS} cores by CPU time", f"{what}, {THREADS} threads, wall"
-    yield at_least(f"loader, {per_cpu}", count * THREADS / loaded.cpu, "images/s", 350)
-    yield beside(f"Pillow alone, {per_cpu}", count * THREADS / raw.cpu, "images/s")
+    per_wall = f"{_WHAT}, {THREADS} threads, wall"
+    yield at_least(f"loader, {_PER_CPU}", count * THREADS / loaded.cpu, "images/s", 350)
+    yield beside(f"Pillow alone, {_PER_CPU}", count * THREADS / raw.cpu, "images/s")
     yield beside(f"loader, {per_wall}", count / loaded.wall, "images/s")
     yield beside(f"Pillow alone, {per_wall}", count / raw.wall, "images/s")
     yield from _tar(folder)
@@ -215,12 +229,12 @@ def _pillow(data: bytes) -> Image.Image:
 def _tar(folder: Path) -> Iterator[Row5]:
     count = 50_000
     write_synthetic(
-        folder / "many.gvd",
+        folder / _MANY,
         text_lengths=np.full(4, 16),
         image_of=np.full(4, -1),
         pictures=[(b"%d" % number, 4, 4) for number in range(count)],
     )
-    tar = folder / "many.gvd/media/00000.tar"
+    tar = folder / _MANY / shard_name(0)
     spent = []
     for _ in range(3):
         began = time.process_time()
@@ -242,12 +256,29 @@ def _ingest(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
         rows.append(Row(f"{number}", turns, (file,), ()))
     began = time.perf_counter()
     manifest = ingest(
-        [Source("photos", rows)], tokenizer=tokenizer, path=folder / "in.gvd", workers=THREADS
+        [Source("photos", rows)], tokenizer=tokenizer, path=folder / _INGESTED, workers=THREADS
     )
     seconds = time.perf_counter() - began
     assert manifest.counts.images == len(rows)
     name = f"ingest with validation, {THREADS} processes"
     yield at_least(name, len(rows) / seconds, "images/s", 300)
+
+
+def _energon(folder: Path, python: str, name: str) -> Iterator[Row5]:
+    """Beside `_loader` and `_tar`: the ingested pictures, and the same tar of small members."""
+    speed = measure_energon(
+        python,
+        dataset=folder / _INGESTED,
+        tar=folder / _MANY / shard_name(0),
+        side=SIDE,
+        batch_size=BATCH_SIZE,
+        workers=THREADS,
+    )
+    yield beside(f"{name} loader, {_PER_CPU}", speed.images_per_cpu_s * THREADS, "images/s")
+    per_wall = f"{_WHAT}, {THREADS} worker processes, wall"
+    yield beside(f"{name} loader, {per_wall}", speed.images_per_wall_s, "images/s")
+    what = f"{name} prepare of the same tar, SQLite included"
+    yield beside(what, speed.prepared_per_cpu_s, "members/s")
 
 
 def _wall(work: Callable[[], object]) -> float:

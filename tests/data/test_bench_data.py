@@ -34,7 +34,7 @@ def test_a_missed_bar_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     good = [bench_data.at_least("a", 5.0, "x", 5), bench_data.beside("b", 1.0, "x")]
     bad = [*good, bench_data.at_most("c", 6.0, "s", 5)]
     for rows, code in ((good, 0), (bad, 1)):
-        monkeypatch.setattr(bench_data, "measure_data", lambda folder, rows=rows: rows)
+        monkeypatch.setattr(bench_data, "measure_data", lambda folder, energon, rows=rows: rows)
         done = CliRunner().invoke(app, ["bench", "data", "--json"])
         assert done.exit_code == code
         assert json.loads(done.stdout) == rows
