@@ -15,6 +15,7 @@ from ghostvis_mega.data.plan import PlanParams, build_plan, save_plan
 from ghostvis_mega.utils.errors import GhostVisError
 from tools.preprocess import dedupe, export, operations
 from tools.preprocess.build import build_command
+from tools.preprocess.demo_blend import demo_blend_command
 from tools.preprocess.ingest import ingest_command
 from tools.preprocess.inspect_packs import inspect_command
 from tools.preprocess.stats import stats_command
@@ -54,6 +55,7 @@ def _print_json(value: object) -> None:
 app.command("train-tokenizer")(train_tokenizer_command)
 app.command("ingest")(ingest_command)
 app.command("build")(build_command)
+app.command("demo-blend")(demo_blend_command)
 
 
 @app.command("plan")
