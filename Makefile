@@ -47,6 +47,8 @@ export PATH="$(CURDIR)/.venv/bin:$$PATH"
 gpus=0
 if listing=$$(nvidia-smi -L 2>/dev/null); then gpus=$$(grep -c '^GPU' <<< "$$listing" || true); fi
 export OMP_NUM_THREADS=1
+# DeepSpeed builds a small C++ part on first use; checkouts that share one cache rebuild it in turn.
+export TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 if [ "$$gpus" = 0 ]; then export DS_ACCELERATOR=cpu; fi
 endef
 
