@@ -8,7 +8,6 @@ A *slice* is a run of elements of one parameter, counted in row-major order with
 parameter that one tensor-parallel rank holds (the whole parameter where it is not cut).
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ghostvis_mega.utils.errors import CheckpointError
-from ghostvis_mega.utils.files import atomic_write, canonical_json, sha256_file
+from ghostvis_mega.utils.files import atomic_write, canonical_json, document_digest, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = "gvc/1"
@@ -83,11 +82,6 @@ class Manifest(_Part):
     """SHA-256 of the rest of the manifest."""
 
 
-def _digest(document: dict[str, Any]) -> str:
-    rest = {key: value for key, value in document.items() if key != "digest"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()
-
-
 def _schema_problem(document: Any, file: Path) -> str | None:
     schema = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(schema, str) or not schema.startswith("gvc/"):
@@ -132,7 +126,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
     if problem := _schema_problem(document, file):
         raise CheckpointError(problem)
-    if document.get("digest") != _digest(document) or raw != canonical_json(document):
+    if document.get("digest") != document_digest(document) or raw != canonical_json(document):
         raise CheckpointError(f"{file} is damaged: it does not match its own digest")
     try:
         manifest = Manifest.model_validate(document)
@@ -148,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
 def write_manifest(directory: Path, document: dict[str, Any]) -> Manifest:
     """Add schema and digest to `document`, check it and write it; returns what readers will see."""
     document = {**document, "schema": SCHEMA}
-    document["digest"] = _digest(document)
+    document["digest"] = document_digest(document)
     manifest = Manifest.model_validate(document)
     atomic_write(directory / MANIFEST_FILE, canonical_json(document))
     return manifest

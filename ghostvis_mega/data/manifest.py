@@ -5,7 +5,6 @@ The manifest is written last: a directory without one is not a dataset. It holds
 of every other file, and a digest of itself.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import atomic_write, canonical_json, sha256_file
+from ghostvis_mega.utils.files import atomic_write, canonical_json, document_digest, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = "gvd/1"
@@ -96,11 +95,6 @@ class Manifest(_Part):
     """SHA-256 of the rest of the manifest: the identity of the dataset."""
 
 
-def _digest(document: dict[str, Any]) -> str:
-    rest = {key: value for key, value in document.items() if key != "digest"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()
-
-
 def _schema_problem(document: Any, file: Path) -> str | None:
     schema = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(schema, str) or not schema.startswith("gvd/"):
@@ -145,7 +139,7 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     if problem := _schema_problem(document, file):
         raise DataError(problem)
-    if document.get("digest") != _digest(document) or raw != canonical_json(document):
+    if document.get("digest") != document_digest(document) or raw != canonical_json(document):
         raise DataError(
             f"{file} does not match its own digest: it was edited or damaged, ingest the data again"
         )
@@ -165,7 +159,7 @@ def read_manifest(directory: Path) -> Manifest:
 def write_manifest(directory: Path, document: dict[str, Any]) -> Manifest:
     """Add schema and digest to `document`, check it and write it; returns what readers will see."""
     document = {**document, "schema": SCHEMA}
-    document["digest"] = _digest(document)
+    document["digest"] = document_digest(document)
     manifest = Manifest.model_validate(document)
     atomic_write(directory / MANIFEST_FILE, canonical_json(document))
     return manifest

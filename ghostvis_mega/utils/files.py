@@ -51,6 +51,12 @@ def canonical_json(value: Any) -> bytes:
     return (text + "\n").encode()
 
 
+def document_digest(document: dict[str, Any]) -> str:
+    """Hex SHA-256 of a document without its own key `digest`."""
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()
+
+
 def atomic_write_json(path: Path, value: Any) -> None:
     """`atomic_write` of the canonical JSON of `value`."""
     atomic_write(path, canonical_json(value))

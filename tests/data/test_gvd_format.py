@@ -268,12 +268,11 @@ def test_an_existing_dataset_is_replaced_only_by_force(
 
 def _edit(path: Path, change: Callable[[dict], None]) -> None:
     """Rewrite a manifest with a right digest, as another version of this program would."""
-    from ghostvis_mega.data.manifest import _digest
-    from ghostvis_mega.utils.files import canonical_json
+    from ghostvis_mega.utils.files import canonical_json, document_digest
 
     document = json.loads((path / MANIFEST_FILE).read_text())
     change(document)
-    document["digest"] = _digest(document)
+    document["digest"] = document_digest(document)
     (path / MANIFEST_FILE).write_bytes(canonical_json(document))
 
 
