@@ -68,7 +68,7 @@ setup(
     package_data={"ghostvis_mega": ["**/*.css", "**/*.js", "**/*.yaml", "**/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ghostvis=ghostvis_mega.cli:main"]},
+    entry_points={"console_scripts": ["ghostvis=ghostvis_mega.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Operating System :: POSIX :: Linux",

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.exceptions import TyperException
 
-from ghostvis_mega.cli import app as ghostvis
+from ghostvis_mega.cli.main import app as ghostvis
 from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.config.load import read_run_config
 from tests.launch import ROOT

@@ -18,7 +18,7 @@ def run_check(*arguments: str | Path) -> tuple[subprocess.CompletedProcess[str],
     """Run the command in a process of its own that cannot import torch."""
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['deepspeed'] = None; "
-        "from ghostvis_mega.cli import main; main()"
+        "from ghostvis_mega.cli.main import main; main()"
     )
     start = time.monotonic()
     done = subprocess.run(

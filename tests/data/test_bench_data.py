@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ghostvis_mega.cli import app
+from ghostvis_mega.cli.main import app
 from ghostvis_mega.data.pixels import probe
 from ghostvis_mega.perf import bench_data
 from ghostvis_mega.perf.bench_plan import plan_once

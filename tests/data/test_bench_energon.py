@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ghostvis_mega.cli import app
+from ghostvis_mega.cli.main import app
 from ghostvis_mega.data.encode import Row
 from ghostvis_mega.data.ingest import Source, ingest
 from ghostvis_mega.data.template import ImagePart, Turn

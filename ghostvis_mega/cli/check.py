@@ -1,0 +1,137 @@
+"""`ghostvis check`: settings against all rules, and the plan they make."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS
+from ghostvis_mega.config import deepspeed, rules
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.config.sizes import parameter_counts
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.train.preflight import load_checked
+from ghostvis_mega.utils.errors import ConfigError
+
+
+class DeviceName(StrEnum):
+    """Where a run would run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+CHECK_HELP = """Check a run's settings and print its plan; nothing is started.
+
+\b
+Examples:
+  python -m ghostvis_mega check examples/configs/vlm_tiny_easyvqa.yaml --world-size 2
+  python -m ghostvis_mega check examples/configs/vlm_7b_sft.yaml --world-size 64 --device cuda
+  python -m ghostvis_mega check run.yaml parallel.tensor=2 optim.lr.llm=2e-5 --json
+
+\b
+Paths inside the file are relative to the working directory.
+Exit code: 0 fine, 2 problems (all of them are listed).
+"""
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings to change: section.key=value ...", show_default=False),
+    ] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    device: Annotated[DeviceName, typer.Option(help="Where it would run.")] = DeviceName.cpu,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    try:
+        run = load_checked(config, overrides or [], world_size=world_size, device=device.value)
+    except ConfigError as error:
+        if as_json:
+            typer.echo(json.dumps({"ok": False, "problems": error.problems}, indent=2))
+        else:
+            typer.echo(str(error), err=True)
+        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
+    plan = _plan(run, world_size=world_size)
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "problems": [], **plan}, indent=2))
+    else:
+        _show(run, plan)
+
+
+def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """What the run resolves to, as plain values."""
+    degrees = Degrees.of(run, world_size=world_size)
+    stages: dict[str, int] = {
+        engine: deepspeed.resolve_deepspeed(
+            path, run=run, engine=engine, world_size=world_size
+        ).stage
+        for engine, path in deepspeed.engine_files(run).items()
+    }
+    return {
+        "layout": {
+            "world_size": world_size,
+            "tensor": degrees.tensor,
+            "pipeline": degrees.pipeline,
+            "virtual_pipeline": degrees.virtual_pipeline,
+            "data": degrees.data,
+            "sequence_parallel": run.parallel.sequence_parallel and degrees.tensor > 1,
+            "layers_per_chunk": degrees.layers_per_chunk(run),
+            "summary": degrees.describe(),
+        },
+        "batch": {
+            "global_size": run.batch.global_size,
+            "micro_size": run.batch.micro_size,
+            "micro_batches": degrees.num_micro_batches(run),
+            "seq_length": run.data.seq_length,
+            "positions_per_step": run.batch.global_size * run.data.seq_length,
+        },
+        "parameters": dict(parameter_counts(run.model)),
+        "trained": list(run.trained_modules),
+        "learning_rates": {name: getattr(run.optim.lr, name) for name in run.trained_modules},
+        "tokens_per_image": run.model.tokens_per_image,
+        "zero_stages": stages,
+        "precision": run.train.precision,
+        "steps": run.train.steps,
+        "notes": rules.find_notes(run, world_size=world_size, stages=stages),
+    }
+
+
+def _show(run: RunConfig, plan: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    layout, batch = plan["layout"], plan["batch"]
+    table.add_row("model", _model_line(run))
+    for name, count in plan["parameters"].items():
+        trained = name in plan["trained"]
+        state = f"trained, lr {plan['learning_rates'][name]:g}" if trained else "frozen"
+        table.add_row(f"  {name}", f"{count / 1e6:,.1f} M parameters, {state}")
+    table.add_row("layout", layout["summary"])
+    table.add_row("  layers", f"{layout['layers_per_chunk']} in each model chunk")
+    table.add_row("  sequence parallel", "yes" if layout["sequence_parallel"] else "no")
+    per_step = f"{batch['global_size']} sequences of {batch['seq_length']} positions"
+    table.add_row("batch", f"{per_step} = {batch['positions_per_step']:,} a step")
+    micro = f"{batch['micro_batches']} micro-batches of {batch['micro_size']}"
+    table.add_row("  each replica", micro)
+    for engine, stage in plan["zero_stages"].items():
+        table.add_row(f"ZeRO, {engine} engine", f"stage {stage}")
+    table.add_row("precision", plan["precision"])
+    table.add_row("steps", f"{plan['steps']:,}")
+    table.add_row("output", str(run.log.output))
+    console.print(table)
+    for note in plan["notes"]:
+        console.print(f"Note: {note}", markup=False)
+    console.print("No problems found.")
+
+
+def _model_line(run: RunConfig) -> str:
+    total = sum(parameter_counts(run.model).values())
+    line = f"{run.model.preset or 'own sizes'}, {total / 1e6:,.1f} M parameters"
+    if run.model.tokens_per_image:
+        line += f", {run.model.tokens_per_image} embeddings an image"
+    return line

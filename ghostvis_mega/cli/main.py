@@ -1,0 +1,29 @@
+"""All commands under one name. They import what they need when they run, so that `check` stays
+quick."""
+
+import typer
+
+from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
+from ghostvis_mega.cli.check import CHECK_HELP, check
+from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="GhostVis-Mega: train vision-language models with Megatron-Core and DeepSpeed.",
+)
+app.command(help=CHECK_HELP)(check)
+app.command(help=GRADIENTS_HELP)(gradients)
+
+bench_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Time parts of the system against bars."
+)
+bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Entry point of `ghostvis`."""
+    app(prog_name="ghostvis")

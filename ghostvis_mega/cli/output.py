@@ -1,0 +1,26 @@
+"""What commands share: exit codes and tables."""
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+EXIT_WRONG_SETTINGS = 2
+
+
+def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None:
+    """Print rows of name, value, unit, bar and ok as a table or as one JSON list."""
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title=title)
+    for name in ("name", "value", "unit", "bar", "ok"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for row in rows:
+        value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
+        verdict = {True: "yes", False: "NO", None: ""}[row["ok"]]
+        bar = "" if row["bar"] is None else f"{row['bar']:g}"
+        table.add_row(row["name"], value, row["unit"], bar, verdict)
+    Console().print(table)
