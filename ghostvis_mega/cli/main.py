@@ -4,8 +4,10 @@ quick."""
 import typer
 
 from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
+from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.check import CHECK_HELP, check
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
+from ghostvis_mega.cli.leak import LEAK_HELP, leak
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,11 +18,13 @@ app = typer.Typer(
 )
 app.command(help=CHECK_HELP)(check)
 app.command(help=GRADIENTS_HELP)(gradients)
+app.command(help=LEAK_HELP)(leak)
 
 bench_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Time parts of the system against bars."
 )
 bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
+bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
 app.add_typer(bench_app, name="bench")
 
 

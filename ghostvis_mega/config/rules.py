@@ -9,6 +9,7 @@ from typing import Literal
 
 from ghostvis_mega.config.rules_data import blend_problems
 from ghostvis_mega.config.rules_model import choices, data_fit_problems, divisors, model_problems
+from ghostvis_mega.config.rules_precision import fp8_problems
 from ghostvis_mega.config.schema import RunConfig
 
 Device = Literal["cpu", "cuda"]
@@ -34,6 +35,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *_optim_problems(cfg),
         *_log_problems(cfg),
         *_device_problems(cfg, device),
+        *fp8_problems(cfg, device=device),
     ]
     return list(dict.fromkeys(found))
 

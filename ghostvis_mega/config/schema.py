@@ -227,6 +227,9 @@ class TrainConfig(Section):
     steps: Positive
     seed: NonNegative = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """FP8 in the LLM's linear layers, by Transformer Engine's recipe (Hopper GPUs); activations,
+    weights and gradients outside of them stay BF16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     freeze: tuple[Module, ...] = ()
     recompute: Literal["none", "selective", "full"] = "none"

@@ -100,7 +100,12 @@ def build_chunks(
         virtual_pipeline=degrees.virtual_pipeline,
     )
     config = transformer_config(
-        llm, layout=layout, dtype=dtype, backend=backend, recompute=run.train.recompute
+        llm,
+        layout=layout,
+        dtype=dtype,
+        backend=backend,
+        recompute=run.train.recompute,
+        fp8=run.train.fp8 if backend == "te" else "none",
     )
     log.info(
         "LLM layers: %s",

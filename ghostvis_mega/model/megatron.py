@@ -62,6 +62,7 @@ def transformer_config(
     dtype: torch.dtype,
     backend: Backend,
     recompute: str = "none",
+    fp8: str = "none",
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the LLM.
 
@@ -72,6 +73,7 @@ def transformer_config(
         backend: Which layers will be built.
         recompute: Activation checkpointing: "none", "selective" (core attention) or "full" (every
             layer).
+        fp8: Recipe of the linear layers: "none", "delayed", "tensorwise" or "blockwise".
     """
     on_gpu = backend == "te"
     recompute_settings: dict[str, Any] = {
@@ -83,6 +85,12 @@ def transformer_config(
             "recompute_num_layers": 1,
         },
     }[recompute]
+    fp8_settings: dict[str, Any] = {}
+    if fp8 != "none":
+        # E4M3 forward, E5M2 for gradients; per block both fit into E4M3.
+        fp8_settings = {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
+        if fp8 == "delayed":
+            fp8_settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return TransformerConfig(
         num_layers=llm.num_layers,
         hidden_size=llm.hidden_size,
@@ -121,6 +129,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=on_gpu,
         **recompute_settings,
+        **fp8_settings,
     )
 
 

@@ -1,0 +1,55 @@
+"""Rules of FP8: what Transformer Engine's kernels need, checked before any GPU is touched."""
+
+from collections.abc import Iterator
+
+from ghostvis_mega.config.schema import RunConfig
+
+_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
+"""Tokens and widths of a matrix that a recipe can quantise (`blockwise`: whole blocks of 128)."""
+
+
+def fp8_problems(cfg: RunConfig, *, device: str) -> Iterator[str]:
+    """Broken rules of `train.fp8`, one sentence each.
+
+    Args:
+        cfg: The run.
+        device: Where it will run: "cpu" or "cuda".
+    """
+    recipe = cfg.train.fp8
+    if recipe == "none":
+        return
+    if cfg.train.precision != "bf16":
+        yield (
+            f"train.fp8={recipe} with train.precision={cfg.train.precision}: FP8 is for the "
+            "matrices of a BF16 run. Set precision: bf16, or fp8: none."
+        )
+    if device == "cpu":
+        yield (
+            f"train.fp8={recipe} needs a GPU with FP8 units (Hopper or newer) and Transformer "
+            "Engine. Set fp8: none, or run on a GPU."
+        )
+    multiple, tensor = _MULTIPLE[recipe], cfg.parallel.tensor
+    llm = cfg.model.llm
+    widths = {
+        "hidden_size": llm.hidden_size,
+        "ffn_hidden_size / parallel.tensor": llm.ffn_hidden_size // tensor,
+        "num_heads x head_dim / parallel.tensor": llm.num_heads * llm.head_dim // tensor,
+        "num_kv_heads x head_dim / parallel.tensor": llm.num_kv_heads * llm.head_dim // tensor,
+    }
+    for name, width in widths.items():
+        if width % multiple:
+            yield (
+                f"train.fp8={recipe} multiplies matrices in units of {multiple}, but "
+                f"model.llm.{name} = {width} is no multiple of it. Use another width or "
+                "parallel.tensor, or fp8: none."
+            )
+    cut = cfg.parallel.context * (tensor if cfg.parallel.sequence_parallel else 1)
+    tokens = cfg.batch.micro_size * cfg.data.seq_length
+    if tokens % (cut * multiple):
+        step = cut * multiple // cfg.batch.micro_size or 1
+        length = -(-cfg.data.seq_length // step) * step
+        yield (
+            f"train.fp8={recipe} multiplies matrices in units of {multiple} tokens, but a rank "
+            f"holds batch.micro_size={cfg.batch.micro_size} x data.seq_length="
+            f"{cfg.data.seq_length} / {cut} of them. Use data.seq_length={length}, or fp8: none."
+        )

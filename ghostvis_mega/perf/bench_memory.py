@@ -1,0 +1,91 @@
+"""Peak GPU memory and step time of a run under different ways to save memory."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.parallel.groups import build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.train.feed import Feed
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run, by the settings that differ."""
+
+    name: str
+    run: RunConfig
+
+
+def measure_memory(
+    modes: Sequence[Mode],
+    *,
+    device: torch.device,
+    steps: int,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Rows of name, value, unit, bar and ok for each mode, one after the other; collective.
+
+    Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
+    it (one to two GiB) is not in them. The first step's peak holds the optimizer's first use; time
+    is that of the fastest later step.
+
+    Args:
+        modes: What to run.
+        device: A GPU.
+        steps: Of each mode, at least 2.
+        progress: Told before each mode what is being done.
+    """
+    rows = []
+    for mode in modes:
+        progress(f"memory of {mode.name}")
+        destroy_groups()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        figures = _run(mode.run, device=device, steps=steps, progress=progress)
+        rows += [
+            {"name": f"{mode.name}: {name}", "value": value, "unit": unit, "bar": None, "ok": None}
+            for name, value, unit in figures
+        ]
+    return rows
+
+
+def _run(
+    run: RunConfig, *, device: torch.device, steps: int, progress: Callable[[str], None]
+) -> list[tuple[str, float, str]]:
+    groups = build_groups(Degrees.of(run, world_size=dist.get_world_size()), seed=run.train.seed)
+    engine = TrainEngine(run, groups, device=device)
+    feed = Feed(run, groups, Dataset.open(run.data.train))
+    held = torch.cuda.memory_allocated(device)
+    seconds, loss = [], float("nan")
+    for step in range(steps):
+        progress(f"step {step + 1}")
+        _, work = feed.get(step)
+        torch.cuda.synchronize(device)
+        started = time.monotonic()
+        loss = engine.step(work, step=step).loss
+        torch.cuda.synchronize(device)
+        seconds.append(time.monotonic() - started)
+    peak = torch.cuda.max_memory_allocated(device)
+    totals = torch.tensor([held, peak], dtype=torch.float64, device=device)
+    dist.all_reduce(totals, op=dist.ReduceOp.MAX)
+    held, peak = totals.tolist()
+    feed.close()
+    engine.close()
+    return [
+        ("model and optimizer before the first step", held / GIB, "GiB"),
+        ("peak", peak / GIB, "GiB"),
+        ("fastest step", min(seconds[1:]), "s"),
+        ("loss of the last step", loss, "nats"),
+    ]
