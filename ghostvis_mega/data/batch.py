@@ -37,10 +37,11 @@ class MicroBatch:
     """Tensors of one micro-batch, on the CPU.
 
     Args:
-        tokens_BS: int64; image positions hold the <|image|> id, the tail holds <|pad|>.
+        tokens_BS: int64; image positions hold the <|image|> id, padding holds <|pad|>.
         labels_BS: int64; the next token of the same sample, 0 where the weight is 0.
         weights_BS: float32; 1.0 where the label is trained.
-        positions_BS: int64; restart at 0 at each sample, and at the padding tail.
+        positions_BS: int64; restart at 0 at each sample, and at the padding tail; they run on over
+            padding that fills a sample's own segment (`segment_align`).
         cu_seqlens: int32 [segments + 1] from 0 to S for a packed row (B == 1), where the padding
             tail is a segment of its own; None without packing.
         max_seqlen: longest segment of a packed row, else S.

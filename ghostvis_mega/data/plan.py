@@ -9,7 +9,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,9 @@ PLANNER_VERSION = 1
 
 PLAN_FILE = "plan.json"
 _SHUFFLE_KEY = 2
+_LATER: dict[str, Any] = {"segment_align": 1}
+"""Parameters that the first plans did not have, and what those plans mean."""
+
 _ARRAYS: dict[str, np.dtype] = {
     "pack_off.i64": np.dtype("<i8"),
     "pack_samples.u32": np.dtype("<u4"),
@@ -50,6 +53,8 @@ class PlanParams:
         group_images: samples of one picture go to one pack where that costs nothing (`balanced`).
         images_per_pack: with `group_images`, one picture takes at most 1/images_per_pack of a pack,
             so that a pack is not about a single picture.
+        segment_align: each sample of a pack takes a multiple of so many positions, the rest of
+            which is padding of its own segment; 2 * CP for context parallelism.
     """
 
     algorithm: Algorithm
@@ -58,10 +63,21 @@ class PlanParams:
     seed: int
     group_images: bool = True
     images_per_pack: int = 4
+    segment_align: int = 1
+
+    def document(self) -> dict[str, Any]:
+        """JSON of the parameters; later ones only where they are set, so that plans made before
+        they existed keep their names and bytes."""
+        values = asdict(self)
+        return {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
 
     def digest(self, dataset: Dataset) -> str:
         """Name of the plan: 16 hex digits of parameters, dataset and planner."""
-        identity = {**asdict(self), "dataset": dataset.manifest.digest, "planner": PLANNER_VERSION}
+        identity = {
+            **self.document(),
+            "dataset": dataset.manifest.digest,
+            "planner": PLANNER_VERSION,
+        }
         return hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
 
 
@@ -77,7 +93,7 @@ class PackPlan:
     segments: np.ndarray  # uint32 [packs]: samples
     images: np.ndarray  # uint32 [packs]: image places
     distinct_images: np.ndarray  # uint32 [packs]: what a tower must encode
-    sumsq: np.ndarray  # uint64 [packs]: sum of squared sample lengths, the cost of attention
+    sumsq: np.ndarray  # uint64 [packs]: sum of squared segment lengths, the cost of attention
 
     @property
     def num_packs(self) -> int:
@@ -92,6 +108,21 @@ class PackPlan:
     def pack(self, number: int) -> np.ndarray:
         """Sample numbers of one pack, in order: int64."""
         return self.samples[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
+
+
+def align_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    """Lengths rounded up to a multiple."""
+    return -(-lengths // multiple) * multiple
+
+
+def check_alignment(seq_length: int, segment_align: int) -> None:
+    """DataError unless a sequence holds a whole number of multiples: its tail is aligned too."""
+    if segment_align < 1 or seq_length % segment_align:
+        fitting = max(segment_align, seq_length - seq_length % max(1, segment_align))
+        raise DataError(
+            f"seq_length={seq_length} is not a multiple of segment_align={segment_align} "
+            f"(2 * parallel.context where that is above 1): use {fitting} or another multiple"
+        )
 
 
 def _group_by_image(dataset: Dataset) -> np.ndarray:
@@ -119,13 +150,14 @@ def pack_lengths(
     """Packs of the samples `kept`, unshuffled: what a plan is beside the dataset's files.
 
     Args:
-        lengths: int64 [samples].
+        lengths: int64 [samples], before alignment.
         kept: int64: those that fit.
         groups: int64 [samples]; equal numbers share a picture; None packs every sample alone.
     """
     capacity, seed = params.seq_length, params.seed
     if params.algorithm == "none":
         return Ragged.singles(kept)
+    lengths = align_up(lengths, params.segment_align) if params.segment_align > 1 else lengths
     if params.algorithm == "bfd":
         return pack_bfd(lengths, kept, capacity=capacity, seed=seed)
     units = Ragged.singles(kept)
@@ -140,8 +172,10 @@ def build_plan(dataset: Dataset, params: PlanParams) -> PackPlan:
     """Pack a dataset.
 
     Raises:
-        DataError: no sample fits into `seq_length`, or there are images and no place for them.
+        DataError: no sample fits into `seq_length`, there are images and no place for them, or
+            `seq_length` is not a multiple of `segment_align`.
     """
+    check_alignment(params.seq_length, params.segment_align)
     if params.tokens_per_image < 1 and dataset.num_images:
         raise DataError(
             f"{dataset.path} holds images, but an image takes {params.tokens_per_image} positions: "
@@ -177,6 +211,8 @@ def _describe(
     """Costs of each pack from its samples."""
     offsets, samples, segments = packs.offsets, packs.values, packs.counts
     planned = lengths[samples]
+    # A row without packing is one segment, whose padding is the row's.
+    segment = align_up(planned, params.segment_align if params.algorithm != "none" else 1)
     image_ids, counts = dataset.image_ids(samples)
     pack_of_image = np.repeat(np.repeat(np.arange(len(segments)), segments), counts)
     pairs = np.unique(pack_of_image * max(1, dataset.num_images) + image_ids)
@@ -190,7 +226,7 @@ def _describe(
         segments=segments.astype("<u4"),
         images=np.bincount(pack_of_image, minlength=len(segments)).astype("<u4"),
         distinct_images=distinct.astype("<u4"),
-        sumsq=np.add.reduceat(planned**2, offsets[:-1]).astype("<u8"),
+        sumsq=np.add.reduceat(segment**2, offsets[:-1]).astype("<u8"),
     )
 
 
@@ -212,7 +248,7 @@ def save_plan(dataset: Dataset, plan: PackPlan) -> Path:
         atomic_write(directory / name, data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     document = {
-        "params": asdict(plan.params),
+        "params": plan.params.document(),
         "planner": PLANNER_VERSION,
         "dataset": dataset.manifest.digest,
         "packs": plan.num_packs,

@@ -53,6 +53,7 @@ class PlanRecipe(_Part):
     algorithm: Algorithm = "balanced"
     seed: int = Field(default=0, ge=0)
     group_images: bool = True
+    segment_align: int = Field(default=1, ge=1)
 
     def params(self) -> PlanParams:
         """As the planner takes them."""

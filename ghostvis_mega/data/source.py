@@ -17,7 +17,13 @@ from ghostvis_mega.data.blend import BlendOrder, BlendWeights, Phase
 from ghostvis_mega.data.corpus import Corpus, DamagedSample
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.order import permute
-from ghostvis_mega.data.plan import PackPlan, PlanParams, load_or_build
+from ghostvis_mega.data.plan import (
+    PackPlan,
+    PlanParams,
+    align_up,
+    check_alignment,
+    load_or_build,
+)
 from ghostvis_mega.utils.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -48,6 +54,7 @@ class BatchSource:
         tokens_per_image: int,
         seed: int,
         group_images: bool = True,
+        segment_align: int = 1,
         blend: BlendWeights | None = None,
         on_damage: Callable[[DamagedSample], None] | None = None,
     ):
@@ -57,16 +64,20 @@ class BatchSource:
             global_size: sequences of one step over all ranks.
             micro_size: rows of one micro-batch; 1 with packing.
             group_images: samples of one picture share a pack where that costs nothing.
+            segment_align: in packed rows every segment, the tail too, is a multiple of so many
+                positions; what a sample leaves of its last multiple is padding inside its segment,
+                where positions run on and nothing is trained. 2 * CP for context parallelism.
             blend: shares of several datasets.
             on_damage: told of each sample that was blanked because its crc is wrong; None lets
                 damage stop the reading.
 
         Raises:
             ConfigError: sizes that do not divide, packed rows side by side, or too small a weight.
-            DataError: no sample fits, the dataset has images and the model no place for them, or
-                tokenizers differ.
+            DataError: no sample fits, the dataset has images and the model no place for them,
+                tokenizers differ, or `seq_length` is not a multiple of `segment_align`.
         """
         _check_sizes(global_size, micro_size, data_parallel, packing)
+        check_alignment(seq_length, segment_align)
         self.corpus = Corpus([datasets] if isinstance(datasets, Dataset) else datasets)
         self.seq_length = seq_length
         self.packing = packing
@@ -82,7 +93,9 @@ class BatchSource:
             tokens_per_image=tokens_per_image,
             seed=seed,
             group_images=group_images,
+            segment_align=segment_align,
         )
+        self._align = segment_align if packing else 1
         self.plans: tuple[PackPlan, ...] = tuple(
             load_or_build(dataset, self.params) for dataset in self.corpus.datasets
         )
@@ -200,7 +213,7 @@ class BatchSource:
         weights_S: np.ndarray,
         positions_S: np.ndarray,
     ) -> tuple[np.ndarray, list[ImageSlot]]:
-        """Write one row in place; returns segment lengths (padding tail included) and slots."""
+        """Write one row in place; returns segment lengths (padding included) and slots."""
         data, damaged = self.corpus.gather(sample_ids)
         for sample in damaged:
             if self._on_damage is None:
@@ -211,30 +224,35 @@ class BatchSource:
         repeats[data.image_positions] = width
         tokens = np.repeat(data.tokens, repeats)
         trained = np.repeat(data.trained, repeats)
-        used = len(tokens)
+        lengths = data.tok_lens + data.image_counts * (width - 1)
+        segments = align_up(lengths, self._align) if self._align > 1 else lengths
+        used = int(segments.sum())
         if used > self.seq_length:
             raise DataError(
                 f"samples {list(sample_ids)} of {self.corpus.path} take {used} positions, more "
                 f"than the {self.seq_length} they were planned for: the index is damaged, run "
                 "`python -m tools.preprocess verify`"
             )
-        lengths = data.tok_lens + data.image_counts * (width - 1)
         ends = np.cumsum(lengths)
         # The label of a position is the next token, except at a sample's end: what follows there
         # belongs to another sample.
-        weighted = np.zeros(used, dtype=bool)
+        weighted = np.zeros(len(tokens), dtype=bool)
         weighted[:-1] = trained[1:]
         weighted[ends - 1] = False
-        tokens_S[:used] = tokens
-        labels_S[: used - 1] = np.where(weighted[:-1], tokens[1:], 0)
-        weights_S[:used] = weighted
-        segments = lengths
+        # How far each sample moves to the right for the padding inside of the segments before it.
+        moves = np.cumsum(segments - lengths) - (segments - lengths)
+        labels = np.append(np.where(weighted[:-1], tokens[1:], 0), 0)
+        places = slice(0, len(tokens))
+        if moves.any():
+            places = np.arange(len(tokens)) + np.repeat(moves, lengths)
+        tokens_S[places], labels_S[places], weights_S[places] = tokens, labels, weighted
         if used < self.seq_length:
-            segments = np.append(lengths, self.seq_length - used)
+            segments = np.append(segments, self.seq_length - used)
         positions_S[:] = np.arange(self.seq_length) - np.repeat(
             np.cumsum(segments) - segments, segments
         )
         starts = data.image_positions + np.arange(len(data.image_positions)) * (width - 1)
+        starts += np.repeat(moves, data.image_counts)
         slots = [
             ImageSlot(image_id=image_id, row=number, start=start)
             for image_id, start in zip(data.image_ids.tolist(), starts.tolist(), strict=True)

@@ -20,7 +20,10 @@ _SETTINGS = {
     "seq_length": "data.seq_length",
     "packing": "data.packing",
     "tokens_per_image": "the model's tokens per image",
+    "segment_align": "the alignment of samples (2 * parallel.context)",
 }
+_ABSENT = {"segment_align": 1}
+"""What a state means that does not say it."""
 
 
 def describe(source: BatchSource) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def describe(source: BatchSource) -> dict[str, Any]:
         ]
         for phase in source.order.phases
     ]
-    return {
+    state = {
         "version": VERSION,
         "seed": source.params.seed,
         "global_size": source.global_size,
@@ -50,6 +53,9 @@ def describe(source: BatchSource) -> dict[str, Any]:
         "datasets": datasets,
         "blend": phases,
     }
+    if source.params.segment_align != _ABSENT["segment_align"]:
+        state["segment_align"] = source.params.segment_align
+    return state
 
 
 def check(state: dict[str, Any], source: BatchSource, *, step: int) -> None:
@@ -75,8 +81,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], *, step: int) -> Iter
         yield f"its data state has version {version!r}, this program reads {VERSION}"
         return
     for key, name in _SETTINGS.items():
-        if old.get(key) != new[key]:
-            yield f"{name} was {old.get(key)} and is {new[key]}"
+        before, now = old.get(key, _ABSENT.get(key)), new.get(key, _ABSENT.get(key))
+        if before != now:
+            yield f"{name} was {before} and is {now}"
     yield from _dataset_differences(old.get("datasets"), new["datasets"])
     if _begun(old.get("blend"), step) != _begun(new["blend"], step):
         yield f"the weights of data.blend before step {step} were others"

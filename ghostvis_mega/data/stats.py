@@ -21,7 +21,7 @@ from ghostvis_mega.data.looks.packing import (
     packing_stats,
 )
 from ghostvis_mega.data.manifest import REJECTS
-from ghostvis_mega.data.plan import PlanParams
+from ghostvis_mega.data.plan import PlanParams, align_up, check_alignment
 
 DATA_PARALLEL = (8, 32, 512)
 PATCHES_PER_IMAGE = 576
@@ -110,15 +110,19 @@ def mix_stats(
     seed: int,
     patches_per_image: int = PATCHES_PER_IMAGE,
     data_parallel: Sequence[int] = DATA_PARALLEL,
+    segment_align: int = 1,
     count: int = MIX_SAMPLES,
 ) -> dict[str, Any]:
     """Packing and balance of the synthetic GhostVis mix (`looks.mix`), without a dataset."""
+    check_alignment(seq_length, segment_align)
     lengths, images = ghostvis_mix(
         count, seq_length=seq_length, tokens_per_image=tokens_per_image, seed=seed
     )
     samples = Samples(lengths, images)
     packed = {
-        name: pack_samples(samples, strategy=name, seq_length=seq_length, seed=seed)
+        name: pack_samples(
+            samples, strategy=name, seq_length=seq_length, seed=seed, segment_align=segment_align
+        )
         for name in STRATEGIES
     }
     return {
@@ -128,6 +132,8 @@ def mix_stats(
         "length_histogram": _histogram(lengths),
         "tokens_per_image": tokens_per_image,
         "too_long": count - len(lengths),
+        "segment_align": segment_align,
+        "alignment_padding": _alignment_padding(lengths, segment_align),
         **_packing(
             packed,
             seq_length=seq_length,
@@ -147,6 +153,7 @@ def dataset_stats(
     seed: int,
     patches_per_image: int = PATCHES_PER_IMAGE,
     data_parallel: Sequence[int] = DATA_PARALLEL,
+    segment_align: int = 1,
 ) -> dict[str, Any]:
     """Content, lengths, packing and balance of a dataset; JSON types only.
 
@@ -157,7 +164,7 @@ def dataset_stats(
     lengths = dataset.lengths(tokens_per_image=tokens_per_image)
     ids, counts = dataset.image_ids(np.arange(len(records)))
     samples = Samples(lengths, counts, ids)
-    params = PlanParams("balanced", seq_length, tokens_per_image, seed)
+    params = PlanParams("balanced", seq_length, tokens_per_image, seed, segment_align=segment_align)
     packed = {
         name: pack_dataset(dataset, samples, strategy=name, params=params) for name in STRATEGIES
     }
@@ -173,6 +180,8 @@ def dataset_stats(
         "length_histogram": _histogram(lengths),
         "tokens_per_image": tokens_per_image,
         "too_long": int(np.count_nonzero(lengths > seq_length)),
+        "segment_align": segment_align,
+        "alignment_padding": _alignment_padding(lengths[lengths <= seq_length], segment_align),
         "repeated_samples": len(records) - len(np.unique(records["text_hash"])),
         "tokens": _token_kinds(dataset, tokens_per_image),
         "sources": _sources(dataset, tokens_per_image),
@@ -187,6 +196,11 @@ def dataset_stats(
             waste_limit=_DATASET_WASTE,
         ),
     }
+
+
+def _alignment_padding(lengths: np.ndarray, segment_align: int) -> int:
+    """Positions of padding inside of the samples' own segments."""
+    return int((align_up(lengths, segment_align) - lengths).sum())
 
 
 def _token_kinds(dataset: Dataset, tokens_per_image: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from ghostvis_mega.data.batch import GlobalBatch, ImageSlot, MicroBatch
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.source import BatchSource, balance
-from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.errors import ConfigError, DataError
 
 WIDTH = 8
 LENGTH = 160
@@ -47,7 +47,7 @@ def _expand(dataset: Dataset, index: int) -> tuple[list[int], list[bool], list[i
     return tokens, trained, starts, list(sample.image_ids)
 
 
-def _reference(dataset: Dataset, rows: list[list[int]], packed: bool) -> MicroBatch:
+def _reference(dataset: Dataset, rows: list[list[int]], packed: bool, align: int = 1) -> MicroBatch:
     """The micro-batch as its documentation describes it, position by position."""
     pad = dataset.tokenizer.specials["pad"]
     columns: list[list[list[float]]] = [[], [], [], []]
@@ -68,6 +68,9 @@ def _reference(dataset: Dataset, rows: list[list[int]], packed: bool) -> MicroBa
                 ImageSlot(image_id, number, offset + start)
                 for image_id, start in zip(image_ids, starts, strict=True)
             ]
+            while packed and (len(row[0]) - offset) % align:
+                for column, value in zip(row, (pad, 0, 0.0, len(row[0]) - offset), strict=True):
+                    column.append(value)
             cuts.append(len(row[0]))
         tail = LENGTH - len(row[0])
         row[0] += [pad] * tail
@@ -122,6 +125,40 @@ def test_micro_batches_match_the_reference(dataset: Dataset, packing: bool) -> N
                 assert slots == tuple(i for row in rows for i in row.image_ids)
                 seen += len(slots)
     assert seen > 10
+
+
+@pytest.mark.parametrize("align", [4, 16])
+def test_aligned_samples_are_padded_inside_their_segments(dataset: Dataset, align: int) -> None:
+    source = _source(dataset, segment_align=align)
+    padded = 0
+    for step in range(3):
+        for (row,) in source.global_batch(step).replicas[0]:
+            found = source.micro_batch((row,))
+            samples = [list(row.sample_ids)]
+            assert _differences(found, _reference(dataset, samples, True, align)) == []
+            assert not (found.cu_seqlens % align).any() and found.max_seqlen % align == 0
+            assert row.trained_tokens == found.weights_BS.sum()
+            borders = found.cu_seqlens.tolist()
+            whole = borders[len(row.sample_ids)]
+            padded += whole - row.num_tokens
+            # Negative control: without the padding inside it is another batch.
+            if whole > row.num_tokens:
+                assert "cu_seqlens" in _differences(found, _reference(dataset, samples, True))
+    assert padded > 0
+    planned = [sample for pack in range(source.plan.num_packs) for sample in source.plan.pack(pack)]
+    assert sorted([*planned, *source.plan.dropped]) == list(range(dataset.num_samples))
+
+
+def test_alignment_changes_nothing_without_packing(dataset: Dataset) -> None:
+    aligned = _source(dataset, packing=False, micro_size=4, segment_align=8)
+    plain = _source(dataset, packing=False, micro_size=4)
+    for rows in aligned.global_batch(0).replicas[0]:
+        assert _differences(aligned.micro_batch(rows), plain.micro_batch(rows)) == []
+
+
+def test_a_sequence_that_cannot_be_aligned_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(DataError, match=r"seq_length=160 is not a multiple of segment_align=12"):
+        _source(dataset, segment_align=12)
 
 
 def test_image_slots_sit_on_image_tokens(dataset: Dataset) -> None:

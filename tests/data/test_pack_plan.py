@@ -1,5 +1,8 @@
 """Packing: every sample once, nothing too long, alike packs, the same result every time."""
 
+import hashlib
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,16 @@ from ghostvis_mega.data.packing import (
     pack_balanced,
     pack_bfd,
 )
-from ghostvis_mega.data.plan import PackPlan, PlanParams, build_plan, load_or_build, save_plan
+from ghostvis_mega.data.plan import (
+    PLANNER_VERSION,
+    PackPlan,
+    PlanParams,
+    build_plan,
+    load_or_build,
+    save_plan,
+)
 from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import canonical_json
 
 HASHES = [16886114407743784434, 16972977063473447543, 14985119172904803730]
 PERMUTED = [6, 1, 7, 3, 0, 2, 5, 4]
@@ -138,6 +149,57 @@ def test_stored_plan_equals_the_one_in_memory(dataset: Dataset, tmp_path: Path) 
         assert PARAMS.digest(opened) != replace(PARAMS, seq_length=161).digest(opened)
     finally:
         opened.close()
+
+
+def test_plans_without_alignment_keep_their_names_and_bytes(dataset: Dataset) -> None:
+    """The identity of a plan as it was before alignment existed."""
+    identity = {
+        "algorithm": "balanced", "seq_length": 160, "tokens_per_image": 8, "seed": 3,
+        "group_images": True, "images_per_pack": 4,
+    }  # fmt: skip
+    assert PARAMS.document() == identity
+    named = {**identity, "dataset": dataset.manifest.digest, "planner": PLANNER_VERSION}
+    assert PARAMS.digest(dataset) == hashlib.sha256(canonical_json(named)).hexdigest()[:16]
+    aligned = replace(PARAMS, segment_align=4)
+    assert aligned.document() == {**identity, "segment_align": 4}
+    assert aligned.digest(dataset) != PARAMS.digest(dataset)
+
+
+@pytest.mark.parametrize("algorithm", ["balanced", "bfd", "none"])
+def test_aligned_plans_leave_room_for_the_padding(dataset: Dataset, algorithm: str) -> None:
+    params = replace(PARAMS, algorithm=algorithm, segment_align=16)
+    plan = build_plan(dataset, params)
+    assert _ids(plan) == list(range(dataset.num_samples))
+    lengths = dataset.lengths(tokens_per_image=8)
+    loose = build_plan(dataset, replace(params, segment_align=1))
+    overfull = 0
+    for each, aligned in ((plan, True), (loose, False)):
+        for number in range(each.num_packs):
+            padded = -(-lengths[each.pack(number)] // 16) * 16
+            assert each.tokens[number] == lengths[each.pack(number)].sum()
+            if aligned:
+                assert padded.sum() <= 160
+            overfull += int(padded.sum() > 160)
+    assert (overfull > 0) == (algorithm != "none")  # negative control: unaligned plans do not fit
+    if algorithm != "none":
+        assert plan.num_packs > loose.num_packs
+        padded = -(-lengths // 16) * 16
+        squares = [int((padded[plan.pack(n)] ** 2).sum()) for n in range(plan.num_packs)]
+        assert plan.sumsq.tolist() == squares
+
+
+def test_an_aligned_plan_is_stored_and_read_again(dataset: Dataset) -> None:
+    params = replace(PARAMS, segment_align=8, seed=11)
+    directory = save_plan(dataset, build_plan(dataset, params))
+    try:
+        assert json.loads((directory / "plan.json").read_bytes())["params"]["segment_align"] == 8
+        assert load_or_build(dataset, params).params == params
+    finally:
+        shutil.rmtree(directory)
+    with pytest.raises(
+        DataError, match=r"seq_length=160 is not a multiple of segment_align=7 .*use 154"
+    ):
+        build_plan(dataset, replace(PARAMS, segment_align=7))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,3 +222,25 @@ def test_light_modules_do_not_import_torch() -> None:
         "import tools.preprocess.cli; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_plans_for_context_parallel_runs(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = shutil.copytree(dataset.path, tmp_path / "made.gvd")
+    sizes = ["--seq-length", 160, "--tokens-per-image", 8]
+    plan = ["plan", made, *sizes, "--json"]
+    planned = json.loads(_run(capsys, *plan, "--context-parallel", 4, "--dry-run")[1])
+    assert planned["segment_align"] == 8 and planned["path"] is None
+    assert not list((made / "plans").glob("*"))
+    stored = json.loads(_run(capsys, *plan, "--segment-align", 8)[1])
+    assert stored["packs"] == planned["packs"] and Path(stored["path"]).is_dir()
+    code, _, error = _run(capsys, *plan, "--segment-align", 6, "--context-parallel", 4)
+    assert code == 2 and "is not a multiple of 8" in error
+    code, _, error = _run(capsys, *plan, "--context-parallel", 3)
+    assert code == 2 and "seq_length=160 is not a multiple of segment_align=6" in error
+    text = _run(capsys, "stats", made, *sizes, "--dp", 2, "--context-parallel", 4)[1]
+    assert "samples to 8 positions" in text
+    text = _run(capsys, "inspect", made, *sizes, "--pack", 0, "--context-parallel", 4)[1]
+    borders = text.partition("cu_seqlens ")[2].splitlines()[0].split()
+    assert len(borders) > 2 and all(int(border) % 8 == 0 for border in borders)

@@ -12,6 +12,8 @@ from ghostvis_mega.data.looks.pack_text import pack_text
 from ghostvis_mega.data.looks.pack_view import PackViewer
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write
+from tools.preprocess.options import ContextParallel, SegmentAlign
+from tools.preprocess.plan import alignment
 
 
 def inspect_command(
@@ -24,6 +26,8 @@ def inspect_command(
     key: Annotated[str | None, typer.Option(help="Source key of a sample in the pack.")] = None,
     random: Annotated[int | None, typer.Option(min=1, help="This many packs at random.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the plan and of --random.")] = 0,
+    segment_align: SegmentAlign = None,
+    context_parallel: ContextParallel = 1,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
 ) -> None:
     """Show packs: samples, trained tokens, pictures in place, position ids, cu_seqlens.
@@ -35,7 +39,11 @@ def inspect_command(
         raise DataError("give only one of --pack, --key and --random")
     with Dataset.open(dataset) as opened:
         viewer = PackViewer(
-            opened, seq_length=seq_length, tokens_per_image=tokens_per_image, seed=seed
+            opened,
+            seq_length=seq_length,
+            tokens_per_image=tokens_per_image,
+            seed=seed,
+            segment_align=alignment(segment_align, context_parallel),
         )
         if key is not None:
             numbers = [viewer.pack_of_key(key)]

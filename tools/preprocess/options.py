@@ -17,6 +17,13 @@ Workers = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images.")]
 Annotations = Annotated[Path | None, typer.Option(help="Second file of rows (vqav2).")]
+SegmentAlign = Annotated[
+    int | None, typer.Option(min=1, help="Round each sample of a sequence up to such a multiple.")
+]
+ContextParallel = Annotated[
+    int,
+    typer.Option(min=1, help="parallel.context of the run; aligns samples to twice as much."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first rows only.")]
 
 _LINE_SECONDS = 5.0

@@ -13,6 +13,8 @@ from ghostvis_mega.data.looks.stats_text import stats_text
 from ghostvis_mega.data.stats import DATA_PARALLEL, MIX, PATCHES_PER_IMAGE, dataset_stats, mix_stats
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write
+from tools.preprocess.options import ContextParallel, SegmentAlign
+from tools.preprocess.plan import alignment
 
 
 class Lengths(StrEnum):
@@ -39,6 +41,8 @@ def stats_command(
         str(ranks) for ranks in DATA_PARALLEL
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the plan.")] = 0,
+    segment_align: SegmentAlign = None,
+    context_parallel: ContextParallel = 1,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
@@ -59,6 +63,7 @@ def stats_command(
         "patches_per_image": patches_per_image,
         "data_parallel": _ranks(dp),
         "seed": seed,
+        "segment_align": alignment(segment_align, context_parallel),
     }
     pictures: dict[int, bytes] = {}
     if dataset is None:

@@ -76,11 +76,8 @@ class PackView:
     max_seqlen: int
     weight: float
     segments: tuple[SegmentView, ...]
-
-    @property
-    def used(self) -> int:
-        """Positions that are not padding."""
-        return sum(s.end - s.start for s in self.segments if s.sample is not None)
+    used: int
+    """Positions that are not padding."""
 
     @property
     def images(self) -> tuple[ImageView, ...]:
@@ -91,7 +88,15 @@ class PackView:
 class PackViewer:
     """Views of the sequences of one plan."""
 
-    def __init__(self, dataset: Dataset, *, seq_length: int, tokens_per_image: int, seed: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seq_length: int,
+        tokens_per_image: int,
+        seed: int,
+        segment_align: int = 1,
+    ):
         """Plan the dataset as training would.
 
         Raises:
@@ -110,6 +115,7 @@ class PackViewer:
             packing=True,
             tokens_per_image=tokens_per_image,
             seed=seed,
+            segment_align=segment_align,
         )
         self._pieces: dict[int, tuple[str, bool]] = {}
         self._specials = set(dataset.manifest.tokenizer.specials.values())
@@ -184,6 +190,7 @@ class PackViewer:
             max_seqlen=batch.max_seqlen,
             weight=float(batch.weights_BS.sum()),
             segments=tuple(segments),
+            used=meta.num_tokens,
         )
 
     def _segment(

@@ -13,7 +13,7 @@ import numpy as np
 from ghostvis_mega.data.dataset import Dataset, ranges
 from ghostvis_mega.data.order import shuffled
 from ghostvis_mega.data.packing import Ragged, pack_balanced, pack_bfd
-from ghostvis_mega.data.plan import PlanParams, load_or_build
+from ghostvis_mega.data.plan import PlanParams, align_up, load_or_build
 
 STRATEGIES = ("none", "pad-to-longest", "next-fit", "bfd", "balanced")
 LONGEST_OF = 8
@@ -51,22 +51,25 @@ class Packed:
         return 1.0 - float(self.tokens.sum()) / max(1, int(self.slots.sum()))
 
 
-def pack_samples(samples: Samples, *, strategy: str, seq_length: int, seed: int) -> Packed:
+def pack_samples(
+    samples: Samples, *, strategy: str, seq_length: int, seed: int, segment_align: int = 1
+) -> Packed:
     """Sequences of samples that all fit into `seq_length`, none grouped by image."""
     everyone = np.arange(len(samples.lengths))
+    sizes = align_up(samples.lengths, segment_align)
     if strategy == "none":
         order, segments = everyone, np.ones(len(everyone), dtype=np.int64)
     elif strategy == "pad-to-longest":
-        return _pad_to_longest(samples, seed=seed)
+        return _pad_to_longest(samples, seed=seed, segment_align=segment_align)
     elif strategy == "next-fit":
         order = shuffled(len(everyone), seed, _ORDER_KEY)
-        segments = _next_fit(samples.lengths[order], seq_length)
+        segments = _next_fit(sizes[order], seq_length)
     else:
         if strategy == "bfd":
-            packs = pack_bfd(samples.lengths, everyone, capacity=seq_length, seed=seed)
+            packs = pack_bfd(sizes, everyone, capacity=seq_length, seed=seed)
         else:
             units = Ragged.singles(everyone)
-            packs = pack_balanced(samples.lengths, units, capacity=seq_length, seed=seed)
+            packs = pack_balanced(sizes, units, capacity=seq_length, seed=seed)
         packs = packs.take(shuffled(len(packs), seed, _SHUFFLE_KEY))
         segments, order = packs.counts, packs.values
     return _measure(samples, order, segments, seq_length)
@@ -83,7 +86,11 @@ def pack_dataset(
         segments = plan.segments.astype(np.int64)
         return _measure(samples, plan.samples.astype(np.int64), segments, params.seq_length)
     return pack_samples(
-        select(samples, kept), strategy=strategy, seq_length=params.seq_length, seed=params.seed
+        select(samples, kept),
+        strategy=strategy,
+        seq_length=params.seq_length,
+        seed=params.seed,
+        segment_align=params.segment_align,
     )
 
 
@@ -107,11 +114,12 @@ def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return np.array([*segments, count], dtype=np.int64)
 
 
-def _pad_to_longest(samples: Samples, *, seed: int) -> Packed:
+def _pad_to_longest(samples: Samples, *, seed: int, segment_align: int) -> Packed:
     order = shuffled(len(samples.lengths), seed, _ORDER_KEY)
     ones = np.ones(len(order), dtype=np.int64)
     packed = _measure(samples, order, ones, 0)
-    longest = np.maximum.reduceat(packed.tokens, np.arange(0, len(order), LONGEST_OF))
+    padded = align_up(packed.tokens, segment_align)
+    longest = np.maximum.reduceat(padded, np.arange(0, len(order), LONGEST_OF))
     slots = np.repeat(longest, LONGEST_OF)[: len(order)]
     return Packed(slots, *(getattr(packed, name) for name in _COSTS))
 

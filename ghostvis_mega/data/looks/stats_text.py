@@ -13,8 +13,13 @@ def stats_text(stats: dict[str, Any]) -> str:
     lines += [
         f"  length    {_spread_text(stats['length'])} (an image is {stats['tokens_per_image']})",
         f"  too long  {stats['too_long']} for {stats['seq_length']}",
-        f"  packing into {stats['seq_length']}:",
     ]
+    if stats["segment_align"] > 1:
+        lines.append(
+            f"  aligned   samples to {stats['segment_align']} positions, which takes "
+            f"{stats['alignment_padding']} positions of padding"
+        )
+    lines.append(f"  packing into {stats['seq_length']}:")
     for name, plan in stats["packing"].items():
         images, distinct = plan["images_per_sequence"], plan["distinct_images_per_sequence"]
         lines.append(
