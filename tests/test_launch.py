@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ghostvis_mega.utils.launch import EXIT_HANG, launch_self
 from tests.launch import RankError, RankHang, launch
 
 WORKER = Path(__file__).parent / "parity" / "sleeper.py"
@@ -43,3 +44,26 @@ def test_failing_rank_is_named_and_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"(?s)rank 1 of 2 ended with 1.*rank 1 has had enough"):
         launch(WORKER, ranks=2, timeout_s=60, folder=tmp_path, args=["fail"])
     assert processes_of(tmp_path) == []
+
+
+def test_a_command_starts_itself_as_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 alone writes, and exit codes come through."""
+    code = launch_self(["--help"], processes=2, device="cpu", timeout_s=60)
+    out, err = capfd.readouterr()
+    assert code == 0
+    assert out.count("Usage: ghostvis") == 1
+    assert err == ""
+
+
+def test_a_command_that_fails_on_its_ranks_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    code = launch_self(["no-such-command"], processes=2, device="cpu", timeout_s=60)
+    _, err = capfd.readouterr()
+    assert code == 2
+    assert re.search(r"ghostvis_mega: rank [01] of 2 ended with 2", err)
+
+
+def test_a_command_that_does_not_end_is_a_hang(capfd: pytest.CaptureFixture[str]) -> None:
+    code = launch_self(["--help"], processes=1, device="cpu", timeout_s=0.0)
+    _, err = capfd.readouterr()
+    assert code == EXIT_HANG
+    assert "ghostvis_mega did not end within 0 s" in err

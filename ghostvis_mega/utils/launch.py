@@ -1,0 +1,276 @@
+"""Run something as several ranks on this machine; a hang is killed and named, rank by rank.
+
+As under torchrun each rank finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its
+environment, and the first rank that fails ends all others. torchrun itself would be one more
+process that imports torch, and it knows of no hang but its collectives' time limits.
+
+`python -m ghostvis_mega.utils.launch` is also the entry point of each rank: it sets up the stack
+dump and then runs the script or module.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = Path(__file__).resolve().parents[2]
+"""Where `ghostvis_mega` lies."""
+EXIT_HANG = 70
+"""Exit code of `launch_self` when time is up, as of a run that its watchdog ends."""
+_DUMP_GRACE_S = 1.0
+_POLL_S = 0.1
+_OUTPUT_CHARACTERS = 6000
+_WAITS = re.compile(
+    r"torch/distributed/|megatron/core/pipeline_parallel/p2p_communication\.py|deepspeed/comm/"
+    r"|ghostvis_mega/parallel/trace\.py"
+)
+"""Files whose functions wait for other ranks."""
+_LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(__file__).resolve()), "<frozen")
+
+
+class RankError(RuntimeError):
+    """A rank ended with an error; the message holds the end of its output."""
+
+    def __init__(self, message: str, *, code: int):
+        self.code = code
+        super().__init__(message)
+
+
+class RankHang(RuntimeError):
+    """Time is up; the message names the ranks that the others wait for, and where each is."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One line of a Python stack."""
+
+    path: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.path.rsplit('/', 1)[-1]}:{self.line})"
+
+
+def launch_self(
+    argv: Sequence[str],
+    *,
+    processes: int,
+    device: str,
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Run `python -m ghostvis_mega ARGV` as several ranks of this machine.
+
+    Rank 0 writes to this process's output; of the others only what failed or hung is shown, on
+    standard error.
+
+    Args:
+        argv: Arguments of the command line, such as `["certify", "--layouts", "cpu"]`; the ranks
+            know from WORLD_SIZE that they have been started.
+        processes: Number of ranks.
+        device: `cpu` hides GPUs from them; `cuda` gives each the GPU of its number.
+        timeout_s: From the start to the end of the slowest rank.
+        environment: Variables beside those of this process.
+
+    Returns:
+        0; else the code of the first rank that failed, or `EXIT_HANG`.
+    """
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if device == "cpu":
+        own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    with tempfile.TemporaryDirectory(prefix="ghostvis-ranks-") as folder:
+        try:
+            run_ranks(
+                ["-m", "ghostvis_mega", *argv],
+                ranks=processes,
+                timeout_s=timeout_s,
+                folder=Path(folder),
+                environment=own | dict(environment or {}),
+                show_first=True,
+            )
+        except RankHang as hang:
+            sys.stderr.write(f"{hang}\n")
+            return EXIT_HANG
+        except RankError as failure:
+            sys.stderr.write(f"{failure}\n")
+            return failure.code
+    return 0
+
+
+def run_ranks(
+    target: Sequence[str],
+    *,
+    ranks: int,
+    timeout_s: float,
+    folder: Path,
+    environment: Mapping[str, str],
+    show_first: bool = False,
+) -> None:
+    """Run a script or module on `ranks` processes of this machine; none outlives the call.
+
+    Args:
+        target: `["-m", NAME, ...]` or `[SCRIPT, ...]`; it joins the process group itself.
+        ranks: Number of processes.
+        timeout_s: From the start to the end of the slowest rank.
+        folder: Empty or new; takes the output and the stacks.
+        environment: Variables beside those of this process.
+        show_first: Rank 0 writes where this process does, not into `folder`.
+
+    Raises:
+        RankError: A rank failed.
+        RankHang: Time is up.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    shared = {
+        **os.environ,
+        **environment,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")])),
+        "LAUNCH_FOLDER": str(folder),
+        "LAUNCH_FUSE_S": str(timeout_s + 60),
+    }
+    command = [sys.executable, "-m", "ghostvis_mega.utils.launch", *target]
+    name = target[1] if target[0] == "-m" else Path(target[0]).name
+    processes: list[subprocess.Popen] = []
+    try:
+        for rank in range(ranks):
+            with contextlib.ExitStack() as files:
+                output = None
+                if rank or not show_first:
+                    output = files.enter_context(_output_file(folder, rank).open("w"))
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+                )
+        _wait(name, processes, folder, timeout_s)
+    finally:
+        for process in processes:
+            # The rank and whatever it has started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(name: str, processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    failed: list[int] = []
+    while not failed and any(process.poll() is None for process in processes):
+        if time.monotonic() > end:
+            raise RankHang(_describe_hang(name, processes, folder, timeout_s))
+        time.sleep(_POLL_S)
+        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    if failed:
+        # More than one, where another lost its connection to the first: their order cannot be told.
+        raise RankError(
+            "\n".join(_describe_failure(name, processes, rank, folder) for rank in failed),
+            code=max(processes[failed[0]].returncode, 1),
+        )
+
+
+def _describe_failure(name: str, processes: list[subprocess.Popen], rank: int, folder: Path) -> str:
+    path = _output_file(folder, rank)
+    tail = path.read_text(errors="replace")[-_OUTPUT_CHARACTERS:] if path.exists() else ""
+    code = processes[rank].returncode
+    return f"{name}: rank {rank} of {len(processes)} ended with {code}\n{tail}".rstrip()
+
+
+def _describe_hang(
+    name: str, processes: list[subprocess.Popen], folder: Path, timeout_s: float
+) -> str:
+    ranks = range(len(processes))
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(_DUMP_GRACE_S)
+    stacks = {
+        rank: (_stack_file(folder, rank), read_stack(_stack_file(folder, rank))) for rank in ranks
+    }
+    running = {rank: frames for rank, (_, frames) in stacks.items() if frames}
+    guilty = [
+        rank for rank, frames in running.items() if not _WAITS.search(frames[0].path)
+    ] or list(running)
+    lines = [
+        f"{name} did not end within {timeout_s:g} s; "
+        f"it hangs on rank {', '.join(map(str, guilty))}:"
+    ]
+    for rank in guilty + [rank for rank in ranks if rank not in guilty]:
+        lines.append(f"  rank {rank} {_place(running.get(rank, []), rank in guilty)}")
+    lines += [f"stack of rank {rank}:\n{stacks[rank][0].read_text()}" for rank in guilty]
+    return "\n".join(lines)
+
+
+def _place(frames: list[Frame], guilty: bool) -> str:
+    if not frames:
+        return "has ended, or is not in Python yet"
+    ours = next((frame for frame in frames if _is_ours(frame.path)), None)
+    called = f", called by {ours}" if ours not in (None, frames[0]) else ""
+    return f"{'is' if guilty else 'waits for others'} in {frames[0]}{called}"
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file is neither Python's nor a package's."""
+    if path.startswith(str(PACKAGES / "ghostvis_mega")) and not path.startswith(_LIBRARIES):
+        return True
+    return "site-packages" not in path and not path.startswith(_LIBRARIES)
+
+
+def read_stack(path: Path) -> list[Frame]:
+    """Frames of the main thread in a faulthandler dump, innermost first; empty without a dump."""
+    text = path.read_text() if path.exists() else ""
+    _, found, rest = text.partition("Current thread")
+    frames = []
+    for line in rest.splitlines()[1:] if found else []:
+        match = re.match(r'\s+File "(.*)", line (\d+) in (.*)', line)
+        if match is None:
+            break
+        frames.append(Frame(path=match[1], line=int(match[2]), function=match[3]))
+    return frames
+
+
+def _output_file(folder: Path, rank: int) -> Path:
+    return folder / f"output{rank}.txt"
+
+
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"stack{rank}.txt"
+
+
+def main() -> None:
+    """One rank: be ready to tell where it hangs, then run the script or module."""
+    target = sys.argv[1:]
+    with _stack_file(Path(os.environ["LAUNCH_FOLDER"]), int(os.environ["RANK"])).open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        # Should the launching process be killed, no rank outlives it for long.
+        faulthandler.dump_traceback_later(float(os.environ["LAUNCH_FUSE_S"]), exit=True)
+        if target[0] == "-m":
+            sys.argv = target[1:]
+            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = target
+            sys.path[0] = str(Path(target[0]).parent)
+            runpy.run_path(target[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
