@@ -98,8 +98,11 @@ def relative_errors(
     }
 
 
-def rounding_only(reference: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of tensors that are zero but for rounding beside the joint norm of all."""
-    squares = {name: float(tensor.double().square().sum()) for name, tensor in reference.items()}
+def rounding_only(squares: Mapping[str, float]) -> set[str]:
+    """Names of tensors that are zero but for rounding beside the joint norm of all.
+
+    Args:
+        squares: Sum of squares of each tensor.
+    """
     joint = sum(squares.values())
     return {name for name, square in squares.items() if square <= ROUNDING**2 * joint}

@@ -20,11 +20,11 @@ from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify import problem
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.files import canonical_json
 from tests.checkpoint.state import differing, raw_state
 from tests.launch import write_result
-from tests.parity import problem
 
 WORLD = 2
 LAST = WORLD - 1

@@ -7,7 +7,7 @@ import pytest
 
 from ghostvis_mega.checkpoint.layout import layout_of, layout_problem, model_differences
 from ghostvis_mega.parallel.plan import Degrees
-from tests.parity import problem
+from ghostvis_mega.perf.certify import problem
 
 PATH = Path("runs/a/checkpoints/step-00000010")
 

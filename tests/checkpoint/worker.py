@@ -22,10 +22,10 @@ from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify import problem
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.checkpoint.state import State, buffers_agree, differing, raw_state, raw_zero
 from tests.launch import write_result
-from tests.parity import problem
 
 WORLD = 4
 BEFORE, AFTER = 2, 2

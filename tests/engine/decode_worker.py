@@ -23,8 +23,8 @@ from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify.problem import IMAGE_TOKEN, make_run
 from tests.launch import write_result
-from tests.parity.problem import IMAGE_TOKEN, make_run
 
 NEW_TOKENS = 5
 VOCABULARY = 110

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.engine.step import TrainEngine
-from tests.parity.layouts import Layout
-from tests.parity.measure import Lab, truth_key, weight_errors
-from tests.parity.problem import STEPS
+from ghostvis_mega.perf.certify.lab import Lab, weight_errors
+from ghostvis_mega.perf.certify.layout import Layout
+from ghostvis_mega.perf.certify.problem import STEPS
 
 NAN = float("nan")
 
@@ -83,15 +83,16 @@ def snapshot(engine: TrainEngine) -> list[torch.Tensor]:
 
 def measure_skips(lab: Lab, layout: Layout) -> dict[str, Any]:
     """One good step, a bad one of each kind, then the other good ones; a row of JSON."""
-    truth = lab.truths[truth_key(layout)]
-    engine = lab.engine(layout)
-    results = [engine.step(lab.batch(engine, layout, 0), step=0)]
+    case = lab.case(layout)
+    truth = lab.truths[case.problem]
+    engine = lab.engine(case)
+    results = [engine.step(lab.batch(engine, case, 0), step=0)]
     skipped, unchanged, finite_loss = {}, {}, {}
     for name, poison in POISONS.items():
         before = snapshot(engine)
         with poison(engine):
             # The data of a later step: its traces would show.
-            bad = engine.step(lab.batch(engine, layout, 2), step=1)
+            bad = engine.step(lab.batch(engine, case, 2), step=1)
         after = snapshot(engine)
         same = len(before) == len(after) and all(
             torch.equal(a, b) for a, b in zip(before, after, strict=True)
@@ -99,7 +100,7 @@ def measure_skips(lab: Lab, layout: Layout) -> dict[str, Any]:
         skipped[name], unchanged[name] = _everywhere(bad.skipped), _everywhere(same)
         finite_loss[name] = bad.loss == bad.loss
     for step in range(1, STEPS):
-        results.append(engine.step(lab.batch(engine, layout, step), step=step))
+        results.append(engine.step(lab.batch(engine, case, step), step=step))
     weights = weight_errors(engine, truth)
     return {
         "skipped": skipped,

@@ -1,4 +1,4 @@
-"""Every layout of four ranks against one plain process; broken layouts; skipped steps.
+"""Layouts of four ranks against one plain process; planted faults; skipped steps.
 
 All in one launch.
 """
@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 
+from ghostvis_mega.perf.certify.faults import FAULTS, Fault
+from ghostvis_mega.perf.certify.layout import Layout
+from ghostvis_mega.perf.certify.report import GRADIENT_BAR, LOSS_BAR, NORM_BAR, WEIGHT_BAR
 from tests.launch import launch
-from tests.parity.layouts import CONTROLS, LAYOUTS, SKIPS, Control, Layout
+from tests.parity.chosen import LAYOUTS, SKIPS
 
-GRADIENT_BAR = 1e-5
-"""Relative L2 distance of each parameter's first gradient."""
-WEIGHT_BAR = 1e-5
-"""The same of each weight after three steps."""
-LOSS_BAR = 1e-6
-"""Relative, the worst of three steps."""
-NORM_BAR = 1e-5
 FAR = 1e-2
 """What a broken layout's gradients must exceed: a thousand times the bar."""
 
@@ -64,12 +60,12 @@ def test_comparison_has_substance(measured: dict[str, Any], layout: Layout) -> N
             assert norm > 1e-3, f"the batch teaches {module} nothing"
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
-def test_broken_layout_is_seen(measured: dict[str, Any], control: Control) -> None:
-    row = measured["controls"][control.name]
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_broken_layout_is_seen(measured: dict[str, Any], fault: Fault) -> None:
+    row = measured["faults"][fault.name]
     gradients = row["gradients"]
-    hit = {name: error for name, error in gradients.items() if re.search(control.hit, name)}
-    spared = {name: error for name, error in gradients.items() if re.search(control.spared, name)}
+    hit = {name: error for name, error in gradients.items() if re.search(fault.hit, name)}
+    spared = {name: error for name, error in gradients.items() if re.search(fault.spared, name)}
     assert hit or spared, "the expressions fit no parameter"
     assert not hit.keys() & spared.keys()
     assert {name: error for name, error in hit.items() if not error > FAR} == {}

@@ -1,18 +1,20 @@
-"""One rank of the parity launch: every layout, control and skipped step, into one JSON file."""
+"""One rank of the parity launch: layouts, faults and skipped steps, into one JSON file."""
 
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
+from ghostvis_mega.perf.certify.breaking import measure_broken
+from ghostvis_mega.perf.certify.faults import FAULTS
+from ghostvis_mega.perf.certify.lab import Lab
 from tests.launch import write_result
-from tests.parity.controls import measure_broken
-from tests.parity.layouts import CONTROLS, LAYOUTS, SKIPS
-from tests.parity.measure import Lab
+from tests.parity.chosen import LAYOUTS, SKIPS
 from tests.parity.skips import measure_skips
 
 
@@ -22,37 +24,33 @@ def main() -> None:
     apply_cpu_shim()
     dist.init_process_group("gloo")
     wanted = sys.argv[1:]
-    layouts, skips, controls = (
+    layouts, skips, faults = (
         [entry for entry in entries if not wanted or any(part in entry.name for part in wanted)]
-        for entries in (LAYOUTS, SKIPS, CONTROLS)
+        for entries in (LAYOUTS, SKIPS, FAULTS)
     )
-    lab = Lab(Path(os.environ["LAUNCH_FOLDER"]) / f"rank{dist.get_rank()}")
-    lab.solve_all([*layouts, *skips, *(control.layout for control in controls)])
-    rows = {"layouts": {}, "skips": {}, "controls": {}}
+    lab = Lab(Path(os.environ["LAUNCH_FOLDER"]))
+    lab.solve_all(map(lab.case, [*layouts, *skips, *(fault.layout for fault in faults)]))
+    rows: dict[str, dict[str, Any]] = {"layouts": {}, "skips": {}, "faults": {}}
     for layout in layouts:
-        rows["layouts"][layout.name] = lab.measure(layout)
+        rows["layouts"][layout.name] = lab.measure(lab.case(layout))
         _tell(layout.name, rows["layouts"][layout.name])
     for layout in skips:
         rows["skips"][layout.name] = measure_skips(lab, layout)
         _tell(f"skip: {layout.name}", rows["skips"][layout.name])
-    for control in controls:
-        rows["controls"][control.name] = measure_broken(lab, control)
-        _tell(f"control: {control.name}", rows["controls"][control.name])
+    for fault in faults:
+        rows["faults"][fault.name] = measure_broken(lab, fault)
+        _tell(f"fault: {fault.name}", rows["faults"][fault.name])
     if dist.get_rank() == 0:
         write_result(rows)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _tell(name: str, row: dict) -> None:
+def _tell(name: str, row: dict[str, Any]) -> None:
     """Progress: should a layout hang, the output ends with the one before."""
     if dist.get_rank() == 0:
-        shown = {
-            key: value
-            for key, value in row.items()
-            if key not in ("gradients", "losses", "truth_norms")
-        }
-        print(name, shown, flush=True)
+        hidden = ("gradients", "losses", "truth_norms")
+        print(name, {k: v for k, v in row.items() if k not in hidden}, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A small training problem that all layouts solve: settings, rows with pictures, pictures."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,13 +12,14 @@ from ghostvis_mega.data.batch import ImageSlot, MicroBatch
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.perf.certify.layout import Layout, Settings, merge
 
 IMAGE_TOKEN = 5
 LENGTH = 32
 ROWS = 8
 STEPS = 3
 
-MODEL: dict[str, Any] = {
+MODEL: Settings = {
     "llm": {
         "num_layers": 4,
         "hidden_size": 64,
@@ -43,31 +45,91 @@ MODEL: dict[str, Any] = {
     "connector": {"kind": "avgpool_mlp", "tokens_per_image": 4, "init_std": 0.15, "num_heads": 4},
 }
 
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, section by section."""
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = (
-            merge(out[key], value)
-            if isinstance(value, dict) and isinstance(out.get(key), dict)
-            else value
-        )
-    return out
+SHOWN = {
+    # In rows 2 and 3 the same picture (one replica), in rows 0 and 4 another (two replicas), in
+    # row 7 one twice.
+    "mixed": [(0,), (), (1, 2), (1,), (3, 4, 0), (), (5,), (5, 6, 5)],
+    "text": [()] * ROWS,
+    "one": [(0,) if row == 2 else () for row in range(ROWS)],
+}
+"""Pictures of each row: no, one and several; none at all; one in the whole batch."""
 
 
-def make_run(folder: Path, *, stage: int = 1, overlap: bool = False, **sections: Any) -> RunConfig:
-    """Settings of one layout.
+class Stream(Protocol):
+    """The batches of a problem, whole for the reference and cut for a rank of a layout."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal batches."""
+
+    def rows(
+        self, run: RunConfig, groups: Groups, step: int
+    ) -> tuple[list[MicroBatch], dict[int, torch.Tensor]]:
+        """The whole global batch as single rows, and its pictures by id."""
+
+    def step_input(self, run: RunConfig, groups: Groups, step: int) -> StepInput:
+        """This rank's part of the same batch."""
+
+
+@dataclass(frozen=True)
+class SyntheticStream:
+    """Random rows and pictures, of no dataset.
+
+    Args:
+        kind: Key of `SHOWN`.
+        align: See `Layout.align`.
+    """
+
+    kind: str = "mixed"
+    align: int = 1
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.align}"
+
+    def rows(
+        self, run: RunConfig, groups: Groups, step: int
+    ) -> tuple[list[MicroBatch], dict[int, torch.Tensor]]:
+        return make_rows(run, kind=self.kind, align=self.align, step=step)
+
+    def step_input(self, run: RunConfig, groups: Groups, step: int) -> StepInput:
+        rows, pictures = self.rows(run, groups, step)
+        return step_input(run, groups, rows, pictures)
+
+
+def run_of(layout: Layout, folder: Path) -> RunConfig:
+    """Settings of a layout; `folder` takes its DeepSpeed files."""
+    return make_run(
+        folder,
+        stage=layout.stage,
+        overlap=layout.overlap,
+        vision_stage=layout.vision_stage,
+        **merge(layout.problem, layout.split),
+    )
+
+
+def make_run(
+    folder: Path,
+    *,
+    stage: int = 1,
+    overlap: bool = False,
+    vision_stage: int | None = None,
+    **sections: Any,
+) -> RunConfig:
+    """Settings of one run.
 
     Args:
         folder: Takes the DeepSpeed files.
         stage: ZeRO stage of both engines; the vision engine stays at 2 where the LLM has 3.
         overlap: DeepSpeed's `overlap_comm`.
+        vision_stage: Of the vision engine, where it has a file of its own.
         sections: Keys of the settings' sections that differ from the base.
     """
     files = {"llm": _deepspeed_file(folder, stage, overlap)}
-    if stage == 3:
-        files["vision"] = _deepspeed_file(folder, 2, overlap)
+    if stage == 3 and vision_stage is None:
+        vision_stage = 2
+    if vision_stage is not None:
+        files["vision"] = _deepspeed_file(folder, vision_stage, overlap)
     base = {
         "model": MODEL,
         "data": {"train": "unused", "seq_length": LENGTH},
@@ -91,36 +153,28 @@ def _deepspeed_file(folder: Path, stage: int, overlap: bool) -> str:
     if stage == 3:
         # By default DeepSpeed would keep all of these small parameters whole on every rank.
         zero["stage3_param_persistence_threshold"] = 1000
-    path = folder / f"parity_zero{stage}{'_overlap' if overlap else ''}.json"
+    path = folder / f"zero{stage}{'_overlap' if overlap else ''}.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     return str(path)
 
 
-SHOWN = {
-    # In rows 2 and 3 the same picture (one replica), in rows 0 and 4 another (two replicas), in
-    # row 7 one twice.
-    "mixed": [(0,), (), (1, 2), (1,), (3, 4, 0), (), (5,), (5, 6, 5)],
-    "text": [()] * ROWS,
-    "one": [(0,) if row == 2 else () for row in range(ROWS)],
-}
-"""Pictures of each row: no, one and several; none at all; one in the whole batch."""
-
-
 def make_rows(
-    run: RunConfig, *, kind: str, step: int
+    run: RunConfig, *, kind: str, step: int, align: int = 1
 ) -> tuple[list[MicroBatch], dict[int, torch.Tensor]]:
     """One global batch as single rows, and its pictures by id.
 
     Args:
-        run: Settings: packing, picture size.
+        run: Settings: packing, lengths, picture size.
         kind: Key of `SHOWN`.
         step: Seeds the content.
+        align: Segments end at multiples of this.
     """
     generator = torch.Generator().manual_seed(100 + step)
-    tokens_per_image, size = run.model.tokens_per_image, run.model.vision.image_size
+    length, tokens_per_image = run.data.seq_length, run.model.tokens_per_image
+    size = run.model.vision.image_size if run.model.vision else 1
     rows, pictures = [], {}
     for row, shown in enumerate(SHOWN[kind]):
-        tokens = torch.randint(8, run.model.llm.vocab_size, (LENGTH,), generator=generator)
+        tokens = torch.randint(8, run.model.llm.vocab_size, (length,), generator=generator)
         slots, at = [], 1
         for number in shown:
             image = 10 * step + number
@@ -132,27 +186,39 @@ def make_rows(
                     0, 256, shape, generator=generator, dtype=torch.uint8
                 )
             at += tokens_per_image + 1
-        rows.append(_row(run, tokens, tuple(slots), first_text=at, row=row, generator=generator))
+        ends = _segment_ends(length, first_text=at, row=row, align=align)
+        rows.append(
+            _row(
+                tokens,
+                tuple(slots),
+                ends=ends if run.data.packing else None,
+                row=row,
+                generator=generator,
+            )
+        )
     return rows, pictures
 
 
+def _segment_ends(length: int, *, first_text: int, row: int, align: int) -> list[int]:
+    """Up to three segments; pictures all lie in the first."""
+    unit = max(1, length // LENGTH)
+    ends = [first_text + (3 + row % 4) * unit, first_text + (8 + row % 4) * unit, length]
+    return sorted({min(-(-end // align) * align, length) for end in ends})
+
+
 def _row(
-    run: RunConfig,
     tokens: torch.Tensor,
     slots: tuple[ImageSlot, ...],
     *,
-    first_text: int,
+    ends: list[int] | None,
     row: int,
-    generator,
+    generator: torch.Generator,
 ) -> MicroBatch:
-    # Packed rows hold up to three samples; pictures all lie in the first.
-    ends = [LENGTH]
-    if run.data.packing:
-        middle = first_text + 3 + row % 4
-        ends = [middle, middle + 5, LENGTH] if middle + 5 < LENGTH else [middle, LENGTH]
-    positions, starts = torch.zeros(LENGTH, dtype=torch.int64), [0, *ends[:-1]]
-    labels, weights = torch.zeros(LENGTH, dtype=torch.int64), torch.zeros(LENGTH)
-    for start, end in zip(starts, ends, strict=True):
+    length = len(tokens)
+    segments = ends or [length]
+    positions, starts = torch.zeros(length, dtype=torch.int64), [0, *segments[:-1]]
+    labels, weights = torch.zeros(length, dtype=torch.int64), torch.zeros(length)
+    for start, end in zip(starts, segments, strict=True):
         positions[start:end] = torch.arange(end - start)
         labels[start : end - 1] = tokens[start + 1 : end]
         weights[start : end - 1] = (
@@ -164,10 +230,8 @@ def _row(
         labels_BS=(labels * (weights > 0))[None],
         weights_BS=weights[None],
         positions_BS=positions[None],
-        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32) if run.data.packing else None,
-        max_seqlen=max(e - s for s, e in zip(starts, ends, strict=True))
-        if run.data.packing
-        else LENGTH,
+        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32) if ends else None,
+        max_seqlen=max(e - s for s, e in zip(starts, segments, strict=True)),
         images=slots,
         sample_ids=(row,),
     )

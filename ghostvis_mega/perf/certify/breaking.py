@@ -1,4 +1,4 @@
-"""Breaking a layout on purpose, one way for each of `layouts.CONTROLS`."""
+"""Breaking a layout on purpose, one way for each of `faults.FAULTS`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,26 +12,26 @@ from ghostvis_mega.engine import step as engine_step
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.model.inputs import ModelInput
 from ghostvis_mega.model.llm import LLMChunk
+from ghostvis_mega.perf.certify.faults import Fault
+from ghostvis_mega.perf.certify.lab import Lab, Row
+from ghostvis_mega.perf.certify.problem import ROWS
 from ghostvis_mega.perf.reference import PlainTrainer
-from tests.parity.layouts import Control
-from tests.parity.measure import Lab
-from tests.parity.problem import ROWS
 
 
-def measure_broken(lab: Lab, control: Control) -> dict[str, Any]:
+def measure_broken(lab: Lab, fault: Fault) -> Row:
     """The row of a broken layout."""
-    return BREAKS[control.name](lab, control)
+    return BREAKS[fault.name](lab, fault)
 
 
-def _patched(target: Any, name: str, value: Any) -> Callable[[Lab, Control], dict[str, Any]]:
-    def run(lab: Lab, control: Control) -> dict[str, Any]:
+def _patched(target: Any, name: str, value: Any) -> Callable[[Lab, Fault], Row]:
+    def run(lab: Lab, fault: Fault) -> Row:
         with mock.patch.object(target, name, value):
-            return lab.measure(control.layout)
+            return lab.measure(lab.case(fault.layout))
 
     return run
 
 
-def _exchanged_pictures(lab: Lab, control: Control) -> dict[str, Any]:
+def _exchanged_pictures(lab: Lab, fault: Fault) -> Row:
     def alter(rows: list[MicroBatch]) -> None:
         # Rows 2 and 3 are one micro-batch; each shows picture 1, row 2 another one as well.
         first, second = rows[2].images[1], rows[3].images[0]
@@ -40,10 +40,10 @@ def _exchanged_pictures(lab: Lab, control: Control) -> dict[str, Any]:
         )
         rows[3] = replace(rows[3], images=(replace(second, image_id=first.image_id),))
 
-    return lab.measure(control.layout, alter=alter)
+    return lab.measure(lab.case(fault.layout), alter=alter)
 
 
-def _late_boundary(lab: Lab, control: Control) -> dict[str, Any]:
+def _late_boundary(lab: Lab, fault: Fault) -> Row:
     def alter(rows: list[MicroBatch]) -> None:
         for index, row in enumerate(rows):
             assert row.cu_seqlens is not None
@@ -51,19 +51,21 @@ def _late_boundary(lab: Lab, control: Control) -> dict[str, Any]:
             ends[1] += 1
             rows[index] = replace(row, cu_seqlens=ends, max_seqlen=int(ends.diff().max()))
 
-    return lab.measure(control.layout, alter=alter)
+    return lab.measure(lab.case(fault.layout), alter=alter)
 
 
-def _mean_of_means(lab: Lab, control: Control) -> dict[str, Any]:
+def _mean_of_means(lab: Lab, fault: Fault) -> Row:
     loss_sum = LLMChunk.loss_sum
 
     def averaged(chunk: LLMChunk, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
         # Times the mean count, so that only the weighting between micro-batches differs.
         return loss_sum(chunk, hidden_SBH, inputs) / inputs.weights_R.sum() * tokens / ROWS
 
-    tokens = lab.batch(lab.engine(control.layout), control.layout, 0).trained_tokens
+    case = lab.case(fault.layout)
+    rows, _ = case.stream.rows(case.run, lab.alone(), 0)
+    tokens = sum(float(row.weights_BS.sum()) for row in rows)
     with mock.patch.object(LLMChunk, "loss_sum", averaged):
-        return lab.measure(control.layout)
+        return lab.measure(lab.case(fault.layout))
 
 
 @torch.no_grad()
@@ -73,28 +75,27 @@ def _exchange_gate_and_up(trainer: PlainTrainer) -> None:
     weight.copy_(torch.cat([up, gate]))
 
 
-def _wrong_reference(lab: Lab, control: Control) -> dict[str, Any]:
-    degrees = replace(lab.engine(control.layout).groups.degrees, tensor=1, pipeline=1, data=4)
-    truth = lab.solve(control.layout, lab.groups(degrees), _exchange_gate_and_up)
-    return lab.measure(control.layout, truth=truth)
+def _wrong_reference(lab: Lab, fault: Fault) -> Row:
+    truth = lab.solve(lab.case(fault.layout), lab.alone(), _exchange_gate_and_up)
+    return lab.measure(lab.case(fault.layout), truth=truth)
 
 
-def _batched_exchange(lab: Lab, control: Control) -> dict[str, Any]:
+def _batched_exchange(lab: Lab, fault: Fault) -> Row:
     def prepare(engine: TrainEngine) -> None:
         for chunk in engine.parts.chunks:
             chunk.config.batch_p2p_comm = True
 
-    return lab.measure(control.layout, prepare=prepare)
+    return lab.measure(lab.case(fault.layout), prepare=prepare)
 
 
-def _norm_of_llm_alone(lab: Lab, control: Control) -> dict[str, Any]:
+def _norm_of_llm_alone(lab: Lab, fault: Fault) -> Row:
     def prepare(engine: TrainEngine) -> None:
         engine.parts.vision_engine.square_sum = lambda: torch.zeros(())
 
-    return lab.measure(control.layout, prepare=prepare)
+    return lab.measure(lab.case(fault.layout), prepare=prepare)
 
 
-BREAKS: dict[str, Callable[[Lab, Control], dict[str, Any]]] = {
+BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "no sum over the sequence": _patched(
         engine_step, "sum_sequence_parallel_gradients", lambda *_: None
     ),

@@ -1,0 +1,74 @@
+"""Faults that are planted to see whether the comparison finds them.
+
+Needs no torch, so that they can be listed at once.
+"""
+
+from dataclasses import dataclass
+
+from ghostvis_mega.perf.certify.cpu_layouts import PP, ROWS_OF_TWO, TP, TPPP, UNPACKED, VPP
+from ghostvis_mega.perf.certify.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A layout that is broken on purpose; `breaking.BREAKS` says how."""
+
+    name: str
+    layout: Layout
+    hit: str
+    """Regular expression of the parameters whose first gradient must be far off."""
+    spared: str = "$^"
+    """Parameters whose first gradient must stay right."""
+
+
+FAULTS = [
+    Fault(
+        name="no sum over the sequence",
+        layout=Layout(name="TP2(SP) x DP2", split=TP),
+        hit=r"^decoder\..*layernorm\.weight$",
+        spared=r"^(tower|projector|embedding)|\.linear_",
+    ),
+    Fault(
+        name="tied embeddings not summed",
+        layout=Layout(name="PP2 x DP2", split=PP),
+        hit=r"^embedding\.weight$",
+        spared=r"^(tower|projector|decoder)",
+    ),
+    Fault(
+        name="picture gradients not rescaled",
+        layout=Layout(name="TP2(SP) x PP2", split=TPPP),
+        hit=r"^(tower|projector)\.(?!.*k_proj\.bias)",
+        spared=r"^(decoder|embedding)",
+    ),
+    Fault(
+        name="pictures of two rows exchanged",
+        layout=Layout(name="TP2(SP) x DP2, rows of two", problem=UNPACKED, split=TP | ROWS_OF_TWO),
+        hit=r"^(tower|projector)\.(?!.*k_proj\.bias)",
+    ),
+    Fault(
+        name="loss averaged in each micro-batch",
+        layout=Layout(name="PP2 x DP2", split=PP),
+        hit=r"^decoder\..*weight$",
+    ),
+    Fault(
+        name="gate and up exchanged in the reference",
+        layout=Layout(name="TP2(SP) x PP2", split=TPPP),
+        hit=r"^decoder\.layers\.1\.mlp\.linear_fc1\.weight$",
+    ),
+    Fault(
+        name="segment boundary one token late",
+        layout=Layout(name="DP4", stage=2),
+        hit=r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$",
+    ),
+    Fault(
+        name="norm without the vision engine",
+        layout=Layout(name="DP4"),
+        hit=r"$^",
+        spared=r".",
+    ),
+    Fault(
+        name="batched exchange between two interleaved stages",
+        layout=Layout(name="PP2 interleaved x DP2", split=VPP),
+        hit=r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$",
+    ),
+]

@@ -1,0 +1,251 @@
+"""Measuring layouts against the plain reference, inside the ranks of one launch."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data.batch import MicroBatch
+from ghostvis_mega.engine.inspect import reduced_gradient, relative_errors, rounding_only
+from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
+from ghostvis_mega.parallel.groups import Groups, Place, build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify.layout import Layout
+from ghostvis_mega.perf.certify.problem import STEPS, Stream, SyntheticStream, run_of, step_input
+from ghostvis_mega.perf.certify.truth import Truth, read_truth, write_truth
+from ghostvis_mega.perf.reference import PlainTrainer
+
+CPU = torch.device("cpu")
+Row = dict[str, Any]
+Alter = Callable[[list[MicroBatch]], None]
+
+NOT_OF_THE_PROBLEM = {
+    "parallel": None,
+    "tower": None,
+    "deepspeed": None,
+    "checkpoint": None,
+    "log": None,
+    "batch": ("micro_size",),
+    "data": ("heldout", "num_workers", "bad_sample_budget"),
+    "train": ("recompute", "device", "timeout_s"),
+}
+"""Settings (whole sections, or keys of one) that say how a step is computed, not what."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with its settings and the batches it trains on."""
+
+    name: str
+    run: RunConfig
+    stream: Stream
+
+    @property
+    def problem(self) -> str:
+        """What decides the reference; cases of equal problems share one."""
+        settings = self.run.model_dump(mode="json")
+        for section, keys in NOT_OF_THE_PROBLEM.items():
+            for key in keys or list(settings[section]):
+                settings[section].pop(key, None)
+        return json.dumps([self.stream.key, settings], sort_keys=True)
+
+
+class Lab:
+    """Groups and references that several measurements share.
+
+    Args:
+        folder: Seen by all ranks; takes the references and this rank's DeepSpeed files.
+        device: Of this process.
+        steps: Optimizer steps of each measurement.
+    """
+
+    def __init__(self, folder: Path, *, device: torch.device = CPU, steps: int = STEPS):
+        self.folder, self.device, self.steps = folder, device, steps
+        self.truths: dict[str, Truth] = {}
+        self._groups: Groups | None = None
+
+    def case(self, layout: Layout) -> Case:
+        """A layout of the small random problem."""
+        own = self.folder / f"rank{dist.get_rank()}"
+        own.mkdir(exist_ok=True, parents=True)
+        stream = SyntheticStream(kind=layout.kind, align=layout.align)
+        return Case(name=layout.name, run=run_of(layout, own), stream=stream)
+
+    def groups(self, degrees: Degrees) -> Groups:
+        """Groups of these degrees; those of the last call when the degrees are the same."""
+        if self._groups is None or self._groups.degrees != degrees:
+            if self._groups is not None:
+                destroy_groups()
+            self._groups = build_groups(degrees, seed=1)
+        return self._groups
+
+    def alone(self) -> Groups:
+        """Groups in which this rank is a world of its own; collective."""
+        world = dist.get_world_size()
+        groups = self.groups(Degrees(world, 1, 1, 1, 1, world))
+        place = Place(**dict.fromkeys(Place.__dataclass_fields__, 0))
+        return replace(
+            groups,
+            degrees=Degrees(1, 1, 1, 1, 1, 1),
+            rank=0,
+            place=place,
+            places=(place,),
+            data=groups.alone,
+            model=groups.alone,
+            world=groups.alone,
+        )
+
+    def engine(self, case: Case) -> TrainEngine:
+        """A new engine of a case."""
+        groups = self.groups(Degrees.of(case.run, world_size=dist.get_world_size()))
+        return TrainEngine(case.run, groups, device=self.device)
+
+    def solve_all(self, cases: Iterable[Case]) -> None:
+        """Compute every reference that is still missing, the work spread over the ranks."""
+        problems = {case.problem: case for case in cases}
+        missing = [key for key in problems if key not in self.truths]
+        groups = self.alone()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        paths = {
+            key: self.folder / f"truth{len(self.truths) + number}.json"
+            for number, key in enumerate(missing)
+        }
+        for key in missing[rank::world]:
+            write_truth(paths[key], self.solve(problems[key], groups))
+        dist.barrier()
+        self.truths |= {key: read_truth(path) for key, path in paths.items()}
+
+    def solve(
+        self,
+        case: Case,
+        groups: Groups,
+        change: Callable[[PlainTrainer], None] = lambda trainer: None,
+    ) -> Truth:
+        """Train a case's problem in this process alone.
+
+        Args:
+            case: What to solve; how it is spread does not count.
+            groups: Of `alone`.
+            change: Applied to the fresh trainer.
+        """
+        trainer = PlainTrainer(case.run, groups, device=self.device)
+        change(trainer)
+        losses, norms, gradients = [], [], {}
+        for step in range(self.steps):
+            rows, pictures = case.stream.rows(case.run, groups, step)
+            losses.append(trainer.backward(rows, pictures))
+            gradients = gradients or trainer.gradients()
+            norms.append(trainer.update(step=step))
+        return Truth(
+            losses=losses,
+            norms=norms,
+            gradients=gradients,
+            weights={name: p.detach().clone() for name, p in trainer.parameters().items()},
+            squares={name: float(g.double().square().sum()) for name, g in gradients.items()},
+        )
+
+    def batch(
+        self, engine: TrainEngine, case: Case, step: int, alter: Alter | None = None
+    ) -> StepInput:
+        """This rank's part of a step's batch; `alter` may replace its rows."""
+        if alter is None:
+            return case.stream.step_input(engine.run, engine.groups, step)
+        rows, pictures = case.stream.rows(engine.run, engine.groups, step)
+        alter(rows)
+        return step_input(engine.run, engine.groups, rows, pictures)
+
+    def measure(
+        self,
+        case: Case,
+        *,
+        truth: Truth | None = None,
+        alter: Alter | None = None,
+        prepare: Callable[[TrainEngine], None] = lambda engine: None,
+    ) -> Row:
+        """A few steps of a case as a row of JSON, equal on all ranks but for the seconds.
+
+        Args:
+            case: What to run.
+            truth: Reference, by default the solved one.
+            alter: Changes the rows of every batch.
+            prepare: Changes the fresh engine.
+        """
+        started = time.monotonic()
+        truth = truth or self.truths[case.problem]
+        engine = self.engine(case)
+        prepare(engine)
+        results: list[StepResult] = []
+        gradients: dict[str, float] = {}
+        for step in range(self.steps):
+            batch = self.batch(engine, case, step, alter)
+            if step == 0:
+                with watch_gradient(engine, truth) as gradients:
+                    results.append(engine.step(batch, step=step))
+            else:
+                results.append(engine.step(batch, step=step))
+        row = compare(engine, truth, results, gradients)
+        engine.close()
+        return row | {"seconds": round(time.monotonic() - started, 2)}
+
+
+@contextlib.contextmanager
+def watch_gradient(engine: TrainEngine, truth: Truth) -> Iterator[dict[str, float]]:
+    """Relative errors of the reduced gradients of the step inside, filled in before the update."""
+    errors: dict[str, float] = {}
+    update = engine.update
+
+    def compare_then_update(*args: Any, **keywords: Any) -> StepResult:
+        errors.update(relative_errors(engine, truth.gradients, reduced_gradient(engine)))
+        return update(*args, **keywords)
+
+    engine.update = compare_then_update
+    try:
+        yield errors
+    finally:
+        engine.update = update
+
+
+def weight_errors(engine: TrainEngine, truth: Truth) -> dict[str, float]:
+    """Relative errors of all weights, frozen ones included.
+
+    Parameters whose gradient would be zero without rounding are left out: Adam turns that noise
+    into steps.
+    """
+    owner = {id(p): zero for zero in engine.engines for p in zero.trained}
+    errors = relative_errors(
+        engine, truth.weights, lambda p: owner[id(p)].weight(p) if id(p) in owner else p.data
+    )
+    noise = {name for name in rounding_only(truth.squares) if truth.squares[name] > 0}
+    return {name: error for name, error in errors.items() if name not in noise}
+
+
+def compare(
+    engine: TrainEngine, truth: Truth, results: list[StepResult], gradients: dict[str, float]
+) -> Row:
+    """A row of JSON: what the layout got and how far that is from the truth."""
+    weights = weight_errors(engine, truth)
+    worst = max(gradients, key=lambda name: gradients[name])
+    worst_weight = max(weights, key=lambda name: weights[name])
+    whole = sum(truth.squares.values()) or 1.0
+    distance = sum(gradients[name] ** 2 * square for name, square in truth.squares.items())
+    return {
+        "gradient_error": gradients[worst],
+        "gradient_name": worst,
+        "joint_error": (distance / whole) ** 0.5,
+        "weight_error": weights[worst_weight],
+        "weight_name": worst_weight,
+        "loss_error": max(abs(r.loss - t) / t for r, t in zip(results, truth.losses, strict=True)),
+        "norm_error": max(
+            abs(r.grad_norm - t) / max(t, 1e-12) for r, t in zip(results, truth.norms, strict=True)
+        ),
+        "losses": [r.loss for r in results],
+        "truth_norms": truth.gradient_norms(),
+        "gradients": gradients,
+    }

@@ -1,0 +1,15 @@
+"""What the quick tests take of the certificate's layouts, and those on which steps are skipped."""
+
+from ghostvis_mega.perf.certify.cpu_layouts import LAYOUTS, TP, VPP
+from ghostvis_mega.perf.certify.layout import Layout
+
+__all__ = ["LAYOUTS", "SKIPS"]
+
+SKIPS = [
+    Layout(name="DP4, ZeRO-3", stage=3),
+    Layout(name="TP2(SP) x DP2, ZeRO-0", stage=0, split=TP),
+    Layout(name="TP2(SP) x DP2, ZeRO-1", stage=1, split=TP),
+    Layout(name="TP2(SP) x DP2, ZeRO-2", stage=2, split=TP),
+    Layout(name="PP2 interleaved x DP2, ZeRO-2", stage=2, split=VPP),
+]
+"""Layouts on which a step with a NaN on one rank is skipped."""
