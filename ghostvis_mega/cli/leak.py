@@ -17,7 +17,8 @@ Examples (CPU: fp32; one GPU: BF16 and every FP8 recipe; about a minute):
 
 \b
 FP8 `tensorwise` and `blockwise` scale a tensor, or 128 tokens of it, by what is in there now, so
-samples share a scale by design: their rows are shown without a bar.
+samples share a scale by design: their rows are shown without a bar. With samples padded to whole
+blocks (data.segment_align=128) `blockwise` is held to zero as well.
 Exit code: 0 nothing leaks and the control does, 1 otherwise.
 """
 
@@ -35,7 +36,7 @@ def leak(
     setup_logging(rank=0)
     import torch
 
-    from ghostvis_mega.perf.leak import leak_run, measure_leak
+    from ghostvis_mega.perf.leak import ALIGNED, leak_run, measure_leak
     from ghostvis_mega.session import open_world
 
     on_gpu = torch.cuda.is_available()
@@ -45,10 +46,13 @@ def leak(
     rows = []
     with open_world(runs[0], device=device) as world:
         for run in runs:
+            tell = world.watchdog.alive
             bar = None if run.train.fp8 in COUPLED else 0.0
-            rows += measure_leak(
-                run, world.groups, device=device, bar=bar, progress=world.watchdog.alive
-            )
+            rows += measure_leak(run, world.groups, device=device, bar=bar, progress=tell)
+            if run.train.fp8 == "blockwise":
+                rows += measure_leak(
+                    run, world.groups, device=device, bar=0.0, lengths=ALIGNED, progress=tell
+                )
     print_rows(rows, title="packing leak", as_json=as_json)
     if any(row["ok"] is False for row in rows):
         raise typer.Exit(1)

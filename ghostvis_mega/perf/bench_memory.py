@@ -37,8 +37,8 @@ def measure_memory(
     """Rows of name, value, unit, bar and ok for each mode, one after the other; collective.
 
     Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
-    it (one to two GiB) is not in them. The first step's peak holds the optimizer's first use; time
-    is that of the fastest later step.
+    it (one to two GiB) is not in them. Time is that of the fastest step after the first. On one
+    GPU a mode that does not fit is a row like others.
 
     Args:
         modes: What to run.
@@ -53,7 +53,13 @@ def measure_memory(
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        figures = _run(mode.run, device=device, steps=steps, progress=progress)
+        try:
+            figures = _run(mode.run, device=device, steps=steps, progress=progress)
+        except torch.cuda.OutOfMemoryError:
+            if dist.get_world_size() > 1:
+                raise  # the other ranks wait in a collective
+            total = torch.cuda.get_device_properties(device).total_memory
+            figures = [("does not fit into", total / GIB, "GiB")]
         rows += [
             {"name": f"{mode.name}: {name}", "value": value, "unit": unit, "bar": None, "ok": None}
             for name, value, unit in figures
@@ -65,24 +71,27 @@ def _run(
     run: RunConfig, *, device: torch.device, steps: int, progress: Callable[[str], None]
 ) -> list[tuple[str, float, str]]:
     groups = build_groups(Degrees.of(run, world_size=dist.get_world_size()), seed=run.train.seed)
-    engine = TrainEngine(run, groups, device=device)
     feed = Feed(run, groups, Dataset.open(run.data.train))
+    engine = TrainEngine(run, groups, device=device)
     held = torch.cuda.memory_allocated(device)
     seconds, loss = [], float("nan")
-    for step in range(steps):
-        progress(f"step {step + 1}")
-        _, work = feed.get(step)
-        torch.cuda.synchronize(device)
-        started = time.monotonic()
-        loss = engine.step(work, step=step).loss
-        torch.cuda.synchronize(device)
-        seconds.append(time.monotonic() - started)
-    peak = torch.cuda.max_memory_allocated(device)
+    try:
+        for step in range(steps):
+            progress(f"step {step + 1}")
+            _, work = feed.get(step)
+            torch.cuda.synchronize(device)
+            started = time.monotonic()
+            loss = engine.step(work, step=step).loss
+            torch.cuda.synchronize(device)
+            seconds.append(time.monotonic() - started)
+        peak = torch.cuda.max_memory_allocated(device)
+    finally:
+        # Also when memory is out: the next mode needs it.
+        feed.close()
+        engine.close()
     totals = torch.tensor([held, peak], dtype=torch.float64, device=device)
     dist.all_reduce(totals, op=dist.ReduceOp.MAX)
     held, peak = totals.tolist()
-    feed.close()
-    engine.close()
     return [
         ("model and optimizer before the first step", held / GIB, "GiB"),
         ("peak", peak / GIB, "GiB"),

@@ -22,6 +22,8 @@ from ghostvis_mega.parallel.groups import Groups
 IMAGE_TOKEN = 5
 LENGTHS = (192, 320, 128, 384)
 """Whole blocks of 64 tokens: boundaries lie inside and between FP8's blocks of 128."""
+ALIGNED = (128, 384, 128, 384)
+"""Whole blocks of 128 tokens."""
 PICTURES = {0: 9, 1: 17, 2: 3}
 """Where the picture of a sample starts, by number of the sample."""
 WARM_UP = 3
@@ -58,7 +60,7 @@ def leak_run(*, precision: str, fp8: str = "none") -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": _MODEL,
-            "data": {"train": "unused", "seq_length": sum(LENGTHS)},
+            "data": {"train": "unused", "seq_length": 1024},
             "batch": {"global_size": 1, "micro_size": 1},
             "deepspeed": {"llm": "unused"},
             "train": {"steps": 1, "seed": 7, "precision": precision, "fp8": fp8},
@@ -73,35 +75,36 @@ class Pack:
 
     tokens_S: torch.Tensor
     pixels_N3hw: torch.Tensor
+    lengths: tuple[int, ...]
+
+    def span(self, sample: int) -> slice:
+        """Positions of a sample in the row."""
+        start = sum(self.lengths[:sample])
+        return slice(start, start + self.lengths[sample])
 
     def changed(self, sample: int) -> "Pack":
         """With other text in one sample, and another picture if it shows one."""
         tokens_S, pixels = self.tokens_S.clone(), self.pixels_N3hw.clone()
-        part = tokens_S[span(sample)]
+        part = tokens_S[self.span(sample)]
         # Another token everywhere, and never the one that stands for pictures.
         part[part != IMAGE_TOKEN] = 8 + (part[part != IMAGE_TOKEN] - 8 + 501) % 1016
         if sample in PICTURES:
             pixels[sample] = 255 - pixels[sample]
-        return Pack(tokens_S, pixels)
+        return Pack(tokens_S, pixels, self.lengths)
 
 
-def make_pack(run: RunConfig) -> Pack:
-    """Random text and pictures."""
+def make_pack(run: RunConfig, lengths: tuple[int, ...]) -> Pack:
+    """Random text and pictures in samples of these lengths."""
     assert run.model.vision is not None
     generator = torch.Generator().manual_seed(1)
-    tokens_S = torch.randint(8, 1024, (sum(LENGTHS),), generator=generator)
+    tokens_S = torch.randint(8, 1024, (sum(lengths),), generator=generator)
     for sample, start in PICTURES.items():
-        at = span(sample).start + start
+        at = sum(lengths[:sample]) + start
         tokens_S[at : at + run.model.tokens_per_image] = IMAGE_TOKEN
     size = run.model.vision.image_size
     shape = (len(PICTURES), 3, size, size)
-    return Pack(tokens_S, torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
-
-
-def span(sample: int) -> slice:
-    """Positions of a sample in the pack."""
-    start = sum(LENGTHS[:sample])
-    return slice(start, start + LENGTHS[sample])
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return Pack(tokens_S, pixels, lengths)
 
 
 def micro_batch(pack: Pack, *, silent: int | None, merged: int | None) -> MicroBatch:
@@ -115,13 +118,13 @@ def micro_batch(pack: Pack, *, silent: int | None, merged: int | None) -> MicroB
     tokens = pack.tokens_S
     weights, labels = torch.ones(len(tokens)), tokens.roll(-1)
     positions = torch.zeros_like(tokens)
-    for sample, length in enumerate(LENGTHS):
-        weights[span(sample).stop - 1] = 0.0
-        positions[span(sample)] = torch.arange(length)
+    for sample, length in enumerate(pack.lengths):
+        weights[pack.span(sample).stop - 1] = 0.0
+        positions[pack.span(sample)] = torch.arange(length)
         if sample == silent:
-            weights[span(sample)] = 0.0
+            weights[pack.span(sample)] = 0.0
     weights[(tokens == IMAGE_TOKEN) | (labels == IMAGE_TOKEN)] = 0.0
-    ends = [span(sample).stop for sample in range(len(LENGTHS)) if sample != merged]
+    ends = [pack.span(sample).stop for sample in range(len(pack.lengths)) if sample != merged]
     boundaries = torch.tensor([0, *ends], dtype=torch.int32)
     return MicroBatch(
         tokens_BS=tokens[None],
@@ -131,10 +134,10 @@ def micro_batch(pack: Pack, *, silent: int | None, merged: int | None) -> MicroB
         cu_seqlens=boundaries,
         max_seqlen=int(boundaries.diff().max()),
         images=tuple(
-            ImageSlot(image_id=sample, row=0, start=span(sample).start + start)
+            ImageSlot(image_id=sample, row=0, start=pack.span(sample).start + start)
             for sample, start in PICTURES.items()
         ),
-        sample_ids=tuple(range(len(LENGTHS))),
+        sample_ids=tuple(range(len(pack.lengths))),
     )
 
 
@@ -177,17 +180,18 @@ class LeakProbe:
             hidden = chunk(inputs, vision_NTH.flatten(0, 1))
             if trained:
                 chunk.loss_sum(hidden, inputs).backward()
-            rows = torch.arange(sum(LENGTHS), device=device)
+            rows = torch.arange(len(given.tokens_S), device=device)
             logits_SV = chunk.logits(hidden.detach(), rows).detach()
             return logits_SV, chunk.loss_sum(hidden.detach(), inputs).detach(), vision_NTH
 
-        base = make_pack(run)
+        base = make_pack(run, pack.lengths)
         for _ in range(WARM_UP if run.train.fp8 == "delayed" else 0):
             run_pass(base, trained=True)
             for parameter in named.values():
                 parameter.grad = None
         logits_SV, loss, vision_NTH = run_pass(pack, trained=True)
-        out = {f"logits of sample {n}": logits_SV[span(n)] for n in range(len(LENGTHS))}
+        samples = range(len(pack.lengths))
+        out = {f"logits of sample {n}": logits_SV[pack.span(n)] for n in samples}
         out["loss"] = loss
         gradients = vision_NTH.grad
         assert gradients is not None
@@ -204,6 +208,7 @@ def measure_leak(
     *,
     device: torch.device,
     bar: float | None,
+    lengths: tuple[int, ...] = LENGTHS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Rows of name, value, unit, bar and ok: the largest change of what must not change.
@@ -212,16 +217,19 @@ def measure_leak(
         run: From `leak_run`.
         groups: Of one process.
         device: Of this process.
+        lengths: Tokens of each sample.
         bar: 0.0, or None for a recipe that couples samples by design; such rows have no verdict.
         progress: Told before each change what is being done.
     """
     probe = LeakProbe(run, groups, device=device)
     label = run.train.precision if run.train.fp8 == "none" else f"fp8 {run.train.fp8}"
-    pack = make_pack(run)
+    if lengths == ALIGNED:
+        label += ", samples of whole 128-token blocks"
+    pack = make_pack(run, lengths)
     worst: dict[str, tuple[float, str]] = {}
     repeat: dict[str, tuple[float, str]] = {}
     moved = float("inf")
-    for sample in range(len(LENGTHS)):
+    for sample in range(len(lengths)):
         progress(f"{label}: another sample {sample}")
         before = probe.outcome(pack, silent=sample)
         if sample == 0:

@@ -15,14 +15,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:If you are using transformer_eng
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(name="lengths", autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leak, "LENGTHS", (40, 48, 32, 24))
+LENGTHS = (40, 48, 32, 24)
 
 
 def verdicts(groups: Groups) -> dict[str, bool]:
     run = leak.leak_run(precision="fp32")
-    rows = leak.measure_leak(run, groups, device=CPU, bar=0.0)
+    rows = leak.measure_leak(run, groups, device=CPU, bar=0.0, lengths=LENGTHS)
     return {row["name"].split(" (")[0].split(": ", 1)[1]: row["ok"] for row in rows}
 
 
@@ -54,12 +52,12 @@ def test_attention_across_one_boundary_is_a_leak(groups: Groups) -> None:
 
 def test_every_text_token_changes() -> None:
     run = leak.leak_run(precision="fp32")
-    pack = leak.make_pack(run)
-    for sample in range(len(leak.LENGTHS)):
+    pack = leak.make_pack(run, LENGTHS)
+    for sample in range(len(LENGTHS)):
         changed = pack.changed(sample)
         different = pack.tokens_S != changed.tokens_S
         inside = torch.zeros_like(different)
-        inside[leak.span(sample)] = True
+        inside[pack.span(sample)] = True
         assert torch.equal(different, inside & (pack.tokens_S != leak.IMAGE_TOKEN))
         assert int(changed.tokens_S.min()) >= leak.IMAGE_TOKEN
         assert int(changed.tokens_S.max()) < 1024
