@@ -33,12 +33,12 @@ _BLOCKS_AHEAD = 3
 class Row:
     """One conversation of a source; images in the order of their places in the text.
 
-    An image is a file, or the encoded bytes themselves.
+    An image is a file, the encoded bytes themselves, or the number of one that is stored already.
     """
 
     key: str
     turns: tuple[Turn, ...]
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[Path | bytes | int, ...] = ()
     answers: tuple[str, ...] = ()
 
 
@@ -149,7 +149,7 @@ class Encoder:
                 row.turns, num_images=len(row.images), max_tokens=self._max_tokens
             )
             _check_text(row.key, *row.answers)
-            infos = tuple(None if isinstance(i, Path) else probe(i) for i in row.images)
+            infos = tuple(probe(i) if isinstance(i, bytes) else None for i in row.images)
         except (RowError, ImageError) as error:
             return Refusal(error.reason, error.detail), ()
         for image in row.images:

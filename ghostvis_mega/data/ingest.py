@@ -30,7 +30,17 @@ from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.data.writer import DatasetWriter, content_hash
 from ghostvis_mega.utils.errors import DataError
 
-__all__ = ["BadRow", "DryRun", "Row", "Source", "TokenRow", "dry_run", "ingest", "store_rows"]
+__all__ = [
+    "BadRow",
+    "DryRun",
+    "Row",
+    "Source",
+    "TokenRow",
+    "dry_run",
+    "ingest",
+    "make_spec",
+    "store_rows",
+]
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +115,7 @@ def ingest(
         DataError: `path` is taken, or an input cannot be read.
     """
     described = [{"name": source.name, "license": source.license} for source in sources]
-    spec = _spec(tokenizer, template, max_tokens)
+    spec = make_spec(tokenizer, template, max_tokens)
     with DatasetWriter(
         path, tokenizer=tokenizer, template=template, sources=described, force=force
     ) as writer:
@@ -125,7 +135,7 @@ def dry_run(
 ) -> DryRun:
     """Do all that `ingest` does but write."""
     sink = _Count()
-    spec = _spec(tokenizer, template, max_tokens)
+    spec = make_spec(tokenizer, template, max_tokens)
     rows = store_rows(sources, sink, spec=spec, workers=workers, progress=progress)
     return DryRun(
         rows=rows,
@@ -137,7 +147,8 @@ def dry_run(
     )
 
 
-def _spec(tokenizer: Tokenizer, template: str, max_tokens: int | None) -> EncoderSpec:
+def make_spec(tokenizer: Tokenizer, template: str, max_tokens: int | None) -> EncoderSpec:
+    """What encoders need; DataError if no sample can be that short."""
     if max_tokens is not None and max_tokens < 2:
         raise DataError(f"max_tokens={max_tokens} is too small: a sample needs at least 2")
     info = tokenizer.info(file=tokenizer.file_name)
@@ -279,7 +290,10 @@ class _Importer:
                 return known
         image_ids = []
         for image, info in zip(row.images, infos, strict=True):
-            if not isinstance(image, Path):
+            if isinstance(image, int):
+                image_ids.append(image)
+            elif isinstance(image, bytes):
+                assert info is not None, "encoders describe the pictures that rows bring"
                 image_ids.append(self._sink.add_image(image, info))
             else:
                 if image in fresh and image not in self._known:

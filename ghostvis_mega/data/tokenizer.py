@@ -187,6 +187,10 @@ class Tokenizer(ABC):
             [i for i in plain if i not in self._reserved and i not in self._appended]
         )
 
+    def has_special(self, ids: Iterable[int]) -> bool:
+        """Some of `ids` are specials, which text cannot produce."""
+        return not (self._reserved | self._appended.keys()).isdisjoint(int(i) for i in ids)
+
     def piece(self, token: int) -> str:
         """The vocabulary entry of one id, for display."""
         return self._appended.get(int(token)) or self._piece(int(token))

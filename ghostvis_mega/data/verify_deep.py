@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ghostvis_mega.data.dataset import Dataset, Sample
+from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.layout import ImageFormat, Role, shard_name
 from ghostvis_mega.data.manifest import REJECTS
 from ghostvis_mega.data.order import shuffled
 from ghostvis_mega.data.pixels import ImageError, probe
-from ghostvis_mega.data.template import ChatTemplate, ImagePart, RowError, Turn
+from ghostvis_mega.data.recover import turns_of
+from ghostvis_mega.data.template import ChatTemplate, RowError
 from ghostvis_mega.data.writer import content_hash
 from ghostvis_mega.utils.errors import DataError
 
@@ -83,7 +84,9 @@ def _text_problems(dataset: Dataset, progress: Progress) -> list[str]:
         if (sample.spans["role"] == Role.TEXT).any():
             continue  # parts of a long document end anywhere, so encoding them gives other tokens
         try:
-            encoded = template.encode(_turns(dataset, sample), num_images=len(sample.image_ids))
+            encoded = template.encode(
+                turns_of(dataset.tokenizer, sample), num_images=len(sample.image_ids)
+            )
         except RowError as error:
             problems.append(f"{dataset.path}: sample {index} ({sample.key}): {error}")
             continue
@@ -97,24 +100,6 @@ def _text_problems(dataset: Dataset, progress: Progress) -> list[str]:
                 "spans with the dataset's tokenizer and template: ingest the data again"
             )
     return problems
-
-
-def _turns(dataset: Dataset, sample: Sample) -> list[Turn]:
-    """The conversation that a sample's spans and tokens spell."""
-    turns = []
-    for span in sample.spans[sample.spans["role"] != Role.EOS]:
-        start = int(span["start"])
-        end = start + int(span["len"])
-        parts: list[str | ImagePart] = []
-        images = [place for place in sample.image_positions if start <= place < end]
-        for place in [*images, end]:
-            if text := dataset.tokenizer.decode(sample.tokens[start:place].tolist()):
-                parts.append(text)
-            if place < end:
-                parts.append(ImagePart())
-            start = place + 1
-        turns.append(Turn(Role(int(span["role"])).name.lower(), tuple(parts)))
-    return turns
 
 
 def _image_problems(dataset: Dataset, progress: Progress) -> list[str]:

@@ -28,6 +28,7 @@ from ghostvis_mega.data.layout import (
     token_dtype,
 )
 from ghostvis_mega.data.leftovers import clear_leftovers
+from ghostvis_mega.data.linked import LinkedFile, link_media
 from ghostvis_mega.data.manifest import Manifest, read_manifest, write_manifest
 from ghostvis_mega.data.pixels import ImageInfo
 from ghostvis_mega.data.template import TEMPLATE_NAME, Encoded
@@ -72,6 +73,7 @@ class DatasetWriter:
         force: bool,
         template: str = TEMPLATE_NAME,
         work: Path | None = None,
+        media: Path | None = None,
     ):
         """Begin a dataset, or go on with the one in `work`.
 
@@ -79,6 +81,8 @@ class DatasetWriter:
             force: replace a dataset that is at `path`.
             work: directory of an interruptible build: `checkpoint` may be called, an error leaves
                 the files for the next run, and the end leaves a whole dataset in `work/data`.
+            media: a dataset whose pictures become those of the new one, all of them with their
+                numbers; no other is added.
 
         Raises:
             DataError: `path` is taken.
@@ -97,8 +101,9 @@ class DatasetWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._work = work
         self._directory = temporary_name(path) if work is None else work / "data"
-        self._files: dict[str, HashingFile] = {}
+        self._files: dict[str, HashingFile | LinkedFile] = {}
         self._image_ids: dict[bytes, int] = {}
+        self._linked_images = 0
         self._shard = -1
         self._shard_offsets: list[int] = []
         self._tokens = self._refs = self._spans = self._samples = self._trained = 0
@@ -110,7 +115,14 @@ class DatasetWriter:
             shutil.rmtree(self._directory)
         for part in ("media", "samples"):
             (self._directory / part).mkdir(parents=True)
-        self._files = {name: HashingFile(self._directory / name) for name in _SAMPLE_FILES}
+        if media is not None:
+            self._files = link_media(media, self._directory)
+            self._linked_images = read_manifest(media).counts.images
+        self._files |= {
+            name: HashingFile(self._directory / name)
+            for name in _SAMPLE_FILES
+            if name not in self._files
+        }
 
     # --- rows
 
@@ -339,7 +351,7 @@ class DatasetWriter:
             "tool": "ghostvis_mega.data",
             "counts": {
                 "samples": self._samples,
-                "images": len(self._image_ids),
+                "images": self._linked_images or len(self._image_ids),
                 "tokens": self._tokens,
                 "trained_tokens": self._trained,
                 "rejected": self._rejected.total(),

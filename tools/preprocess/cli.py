@@ -13,6 +13,7 @@ from tools.preprocess.ingest import ingest_command
 from tools.preprocess.inspect_packs import inspect_command
 from tools.preprocess.plan import plan_command
 from tools.preprocess.stats import stats_command
+from tools.preprocess.tokenize_dataset import tokenize_command
 from tools.preprocess.train_tokenizer import train_tokenizer_command
 from tools.preprocess.verify_dataset import verify_command
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 app.command("train-tokenizer")(train_tokenizer_command)
 app.command("ingest")(ingest_command)
+app.command("tokenize")(tokenize_command)
 app.command("build")(build_command)
 app.command("demo-blend")(demo_blend_command)
 

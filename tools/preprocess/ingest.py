@@ -19,6 +19,7 @@ from tools.preprocess.options import (
     Images,
     Json,
     Limit,
+    MaxTokens,
     Progress,
     Workers,
     print_json,
@@ -41,10 +42,7 @@ def ingest_command(
     template: Annotated[str, typer.Option(help=f"Chat template: {', '.join(STYLES)}.")] = (
         TEMPLATE_NAME
     ),
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", min=2, help="Cut documents (never conversations) to this."),
-    ] = None,
+    max_tokens: MaxTokens = None,
     limit: Limit = None,
     workers: Workers = 1,
     dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
@@ -96,11 +94,16 @@ def _dry_run(
     as_json: bool,
 ) -> None:
     progress = Progress()
-    found: DryRun = dry_run(
+    found = dry_run(
         sources, tokenizer=tokenizer, template=template, progress=progress, workers=workers,
         max_tokens=max_tokens,
     )  # fmt: skip
     progress.end()
+    report_dry_run(found, as_json=as_json)
+
+
+def report_dry_run(found: DryRun, *, as_json: bool) -> None:
+    """What would have been written."""
     if as_json:
         print_json(asdict(found))
         return

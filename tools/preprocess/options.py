@@ -24,6 +24,10 @@ ContextParallel = Annotated[
     int,
     typer.Option(min=1, help="parallel.context of the run; aligns samples to twice as much."),
 ]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=2, help="Cut documents (never conversations) to this."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first rows only.")]
 
 _LINE_SECONDS = 5.0
