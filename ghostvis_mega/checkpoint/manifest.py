@@ -52,7 +52,8 @@ class FileInfo(_Part):
     sha256: str
     kind: Kind
     """weights: tensors `NAME`; optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and, where the weights
-    are not fp32 themselves, `master/NAME`; random: states of the random generators."""
+    are not fp32 themselves, `master/NAME`; random: states of the random generators,
+    and with delayed FP8 scaling its scales and histories."""
     rank: int = Field(ge=0)
     tensor_rank: int = Field(ge=0)
     """Which tensor-parallel part of cut parameters the slices count in."""

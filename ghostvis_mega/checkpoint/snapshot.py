@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ghostvis_mega.checkpoint.fp8_state import capture_fp8_state
 from ghostvis_mega.checkpoint.held import (
     MOMENTS,
     Held,
@@ -48,6 +49,7 @@ def rank_files(engine: TrainEngine) -> list[RankFile]:
         _add_weight(llm if held.in_llm else vision, held)
         _add_optimizer_state(optimizer, held)
     tensors, texts = capture_random_state()
+    tensors += capture_fp8_state(engine.parts.chunks)
     random = RankFile(f"random-{rank:05d}.safetensors", "random", tensors=tensors, metadata=texts)
     return [file for file in (llm, vision, optimizer, random) if file.tensors]
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.folder import CheckpointFolder, open_complete
+from ghostvis_mega.checkpoint.fp8_state import restore_fp8_state
 from ghostvis_mega.checkpoint.held import optimizer_steps
 from ghostvis_mega.checkpoint.layout import engine_name, layout_of
 from ghostvis_mega.checkpoint.manifest import FileInfo, size_problem, write_manifest
@@ -150,10 +151,17 @@ class CheckpointStore:
         with _opened(path) as reader:
             _verify(reader, engine.groups, resume_problems(engine, reader), reader.files())
             restore(engine, reader)
-            on_every_rank(lambda: restore_random_state(*reader.random_state(engine.groups.rank)))
+            on_every_rank(lambda: _restore_own(engine, reader))
             manifest = reader.manifest
         log.info("resumed from %s after step %d", path, manifest.step)
         return TrainState(manifest.step, manifest.sequences, manifest.extra)
+
+
+def _restore_own(engine: TrainEngine, reader: CheckpointReader) -> None:
+    """What each rank keeps for itself."""
+    tensors, texts = reader.random_state(engine.groups.rank)
+    restore_random_state(tensors, texts)
+    restore_fp8_state(engine.parts.chunks, tensors)
 
 
 def load_weights(

@@ -1,0 +1,71 @@
+"""What delayed FP8 scaling remembers: scales and amax histories of every quantised matrix.
+
+Transformer Engine would put them into a checkpoint as a pickle; here they are tensors like others.
+Every other recipe takes its scales from the tensor at hand and remembers nothing.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import get_fp8_recipe
+from torch import nn
+
+from ghostvis_mega.model.llm import LLMChunk
+
+log = logging.getLogger(__name__)
+
+PREFIX = "fp8/"
+_DIRECTIONS = ("scaling_fwd", "scaling_bwd")
+_FIELDS = ("scale", "amax_history")
+_TENSORS_PER_GEMM = 3
+"""Input, weight and output: Transformer Engine keeps a scale for each in the forward pass."""
+
+
+def capture_fp8_state(chunks: Iterable[LLMChunk]) -> list[tuple[str, torch.Tensor]]:
+    """Named tensors of all modules that have run in FP8 with delayed scaling; else an empty
+    list."""
+    return [
+        (f"{name}/{direction}/{field}", getattr(module.fp8_meta[direction], field))
+        for name, module in _modules(chunks)
+        for direction in _DIRECTIONS
+        if hasattr(module.fp8_meta.get(direction), "amax_history")
+        for field in _FIELDS
+    ]
+
+
+def restore_fp8_state(chunks: Iterable[LLMChunk], saved: Mapping[str, torch.Tensor]) -> None:
+    """Put scales and histories back, before the first forward pass.
+
+    Args:
+        chunks: The model of this rank.
+        saved: From `capture_fp8_state`; other names are left alone.
+    """
+    mine = {name: tensor for name, tensor in saved.items() if name.startswith(PREFIX)}
+    known = dict(_modules(chunks)) if mine else {}
+    by_module = {name.rsplit("/", 2)[0] for name in mine}
+    if unknown := sorted(by_module - known.keys()):
+        log.warning(
+            "the checkpoint holds FP8 scales of %s, which does not run in FP8: left out", unknown[0]
+        )
+    for name in sorted(by_module & known.keys()):
+        module = known[name]
+        gemms = mine[f"{name}/scaling_fwd/scale"].numel() // _TENSORS_PER_GEMM
+        recipe = get_fp8_recipe(module.config)
+        module.fp8_meta |= {"num_gemms": gemms, "recipe": recipe}
+        module.init_fp8_meta_tensors(recipe)
+        for direction in _DIRECTIONS:
+            for field in _FIELDS:
+                target = getattr(module.fp8_meta[direction], field)
+                target.copy_(mine[f"{name}/{direction}/{field}"])
+
+
+def _modules(chunks: Iterable[LLMChunk]) -> Iterator[tuple[str, Any]]:
+    """Transformer Engine's modules of an FP8 model with delayed scaling, by unique name."""
+    for number, chunk in enumerate(chunks):
+        if getattr(chunk.config, "fp8", None) is None or chunk.config.fp8_recipe != "delayed":
+            continue
+        for name, module in chunk.named_modules():
+            if isinstance(module, nn.Module) and hasattr(module, "init_fp8_meta_tensors"):
+                yield f"{PREFIX}{number}.{name}", module
