@@ -8,6 +8,7 @@ from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.check import CHECK_HELP, check
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
 from ghostvis_mega.cli.leak import LEAK_HELP, leak
+from ghostvis_mega.cli.simulate_dispatch import SIMULATE_DISPATCH_HELP, simulate_dispatch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,12 @@ bench_app = typer.Typer(
 bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
 bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
 app.add_typer(bench_app, name="bench")
+
+simulate_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Plan for large worlds without any process."
+)
+simulate_app.command("dispatch", help=SIMULATE_DISPATCH_HELP)(simulate_dispatch)
+app.add_typer(simulate_app, name="simulate")
 
 
 def main() -> None:

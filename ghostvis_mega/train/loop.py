@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.engine.step import StepResult, TrainEngine
 from ghostvis_mega.model.flops import batch_flops
+from ghostvis_mega.parallel.dispatch import ImageDispatch
+from ghostvis_mega.parallel.volume import dispatch_figures
 from ghostvis_mega.train.damage import agree_on_damage
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.train.metrics import StepMetrics
@@ -64,7 +66,7 @@ class Loop:
             timing = {"data": fetched - began} | self.engine.timer.read()
             ended = time.perf_counter()
             metrics = self.measure(
-                step, batch, result, timing, images=work.dispatch.num_images, seconds=ended - began
+                step, batch, result, timing, dispatch=work.dispatch, seconds=ended - began
             )
             self.observers.on_step(metrics)
             done = step + 1
@@ -104,7 +106,7 @@ class Loop:
         result: StepResult,
         timing: dict[str, float],
         *,
-        images: int,
+        dispatch: ImageDispatch,
         seconds: float,
     ) -> StepMetrics:
         """The numbers of one step of the whole job."""
@@ -114,7 +116,7 @@ class Loop:
             run.model,
             segments=[int(lengths[i]) for row in batch.sequences for i in row.sample_ids],
             head_rows=batch.trained_tokens,
-            num_images=images,
+            num_images=dispatch.num_images,
             trained=run.trained_modules,
         )
         return StepMetrics(
@@ -128,10 +130,11 @@ class Loop:
             },
             tokens=batch.num_tokens,
             trained_tokens=batch.trained_tokens,
-            images=images,
+            images=dispatch.num_images,
             samples=batch.num_samples,
             seconds=seconds,
             timing=timing,
             flops_llm=flops.llm.total,
             flops_vision=flops.vision.total,
+            dispatch=dispatch_figures(dispatch, run, self.engine.groups.places),
         )

@@ -5,7 +5,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -34,6 +34,10 @@ class StepMetrics:
     timing: dict[str, float]
     flops_llm: float
     flops_vision: float
+    dispatch: dict[str, float] = field(default_factory=dict)
+    """How pictures were spread: `imbalance` (patches of the busiest rank over the mean), bytes of
+    embeddings and gradients a rank (`sent_mean`, `sent_max`, `received_max`) and the `local_share`
+    that did not travel. Empty for a model without pictures."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,9 +84,11 @@ class StepMetrics:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in names if name not in row]:
+        entries = dataclasses.fields(cls)
+        needed = [entry.name for entry in entries if entry.default_factory is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in row]:
             raise ValueError(f"no key {missing[0]!r}")
+        names = [entry.name for entry in entries if entry.name in row]
         return cls(**{name: _none_to_nan(row[name]) for name in names})
 
 

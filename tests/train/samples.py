@@ -24,6 +24,7 @@ def make_step(**changes: Any) -> StepMetrics:
         "timing": {"data": 0.01, "vision": 0.1, "llm": 0.3},
         "flops_llm": 1e11,
         "flops_vision": 2e10,
+        "dispatch": {"imbalance": 1.04, "sent_mean": 3e6, "sent_max": 5e6, "local_share": 0.5},
     }
     return StepMetrics(**(fields | changes))
 

@@ -93,6 +93,28 @@ def test_ranks_share_the_pictures_of_a_batch(easy_vqa: Path, tmp_path: Path) -> 
             assert tuple(sorted(shown)) == mine.dispatch.wanted[rank]
 
 
+def test_only_the_owner_decodes_a_picture(
+    easy_vqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(easy_vqa, tmp_path, "batch.global_size=6")
+    load_image, decoded = images_module.load_image, []
+
+    def count(data: bytes, **options: Any) -> torch.Tensor:
+        decoded.append(data)
+        return load_image(data, **options)
+
+    monkeypatch.setattr(images_module, "load_image", count)
+    dataset, shares = Dataset.open(easy_vqa / "train.gvd"), []
+    for rank in range(3):
+        decoded.clear()
+        feed = Feed(run, places(3, rank=rank), dataset)
+        dispatch = feed.get(0)[1].dispatch
+        expected = [dataset.image_bytes(image) for image in dispatch.encode[rank]]
+        assert sorted(decoded) == sorted(expected)
+        shares.append(len(decoded))
+    assert sum(shares) == dispatch.num_images > max(shares) > 0
+
+
 def test_augmentation_is_a_function_of_seed_epoch_and_picture(
     easy_vqa: Path, tmp_path: Path
 ) -> None:

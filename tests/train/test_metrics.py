@@ -48,6 +48,15 @@ def test_json_round_trip_and_strictness() -> None:
     assert StepMetrics.from_json(plain.to_json()) == plain
 
 
+def test_lines_from_before_the_dispatch_was_told_are_read() -> None:
+    row = json.loads(make_step().to_json())
+    del row["dispatch"]
+    assert StepMetrics.from_json(json.dumps(row)) == make_step(dispatch={})
+    del row["flops_llm"]
+    with pytest.raises(ValueError, match="no key 'flops_llm'"):
+        StepMetrics.from_json(json.dumps(row))
+
+
 @pytest.mark.parametrize("line", ["{}", "[1]", '{"step": 1', "3"])
 def test_a_line_that_is_no_step_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"no key|not a JSON object|delimiter"):

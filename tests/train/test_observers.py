@@ -168,9 +168,13 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "lr/llm", "timing/data_s", "summary/heldout_accuracy"} <= set(
-        tags["scalars"]
-    )
+    assert {
+        "train/loss",
+        "lr/llm",
+        "timing/data_s",
+        "dispatch/imbalance",
+        "summary/heldout_accuracy",
+    } <= set(tags["scalars"])
     assert "speed/mfu" not in tags["scalars"]
     assert [e.value for e in events.Scalars("train/loss")] == [1.25, 0.5]
     assert tags["images"] == ["preview/0"]

@@ -71,10 +71,11 @@ def make_data(*, previews: dict[int, list[Preview]] | None = None, **run: Any) -
 def test_page_holds_numbers_curves_cards_and_settings() -> None:
     text = render_page(make_data())
     page = Page(text)
-    assert page.count("figure", "chart") == 4
-    # Loss, norm and throughput are drawn raw and smoothed; three modules have a learning rate.
-    assert page.count("path", "curve") == 9
-    assert page.count("path", "faint") == 3
+    assert page.count("figure", "chart") == 6
+    # Loss, norm, throughput and imbalance are drawn raw and smoothed; three modules have a learning
+    # rate; bytes have a mean and a maximum.
+    assert page.count("path", "curve") == 13
+    assert page.count("path", "faint") == 4
     assert page.count("article", "card") == 16
     assert page.count("article", "good") == 8
     assert page.count("article", "bad") == 8
@@ -83,6 +84,14 @@ def test_page_holds_numbers_curves_cards_and_settings() -> None:
     for expected in ("93.1 %", "67.0 %", "11m40s", "0 of 8 right", "8 of 8 right", "a/b.gvd"):
         assert expected in text, expected
     assert text.index("Before training") < text.index("Step 60")
+
+
+def test_one_rank_has_no_curves_of_the_dispatch() -> None:
+    alone = {"imbalance": 1.0, "sent_mean": 0.0, "sent_max": 0.0, "local_share": 1.0}
+    for dispatch, charts in (({}, 4), (alone, 4), ({**alone, "sent_max": 1.0}, 6)):
+        steps = [make_step(step=step, dispatch=dispatch) for step in (1, 2)]
+        text = render_page(ReportData(run=make_run(), steps=steps))
+        assert Page(text).count("figure", "chart") == charts
 
 
 def test_small_pictures_grow_by_a_whole_factor_and_large_ones_are_left() -> None:
@@ -148,7 +157,7 @@ def test_policy_allows_the_pages_own_script_and_no_other() -> None:
 def test_hover_data_is_json_with_one_text_a_point() -> None:
     text = render_page(make_data())
     blocks = re.findall(r'<script type="application/json">(.*?)</script>', text, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         data = json.loads(block)
         assert len(data["step"]) == len(data["x"]) == 60

@@ -22,13 +22,23 @@ _TOWER_WEIGHTS, _TOWER_LAYERS, _TOWER_WIDTH = 4.1e8, 27, 1152
 
 def pack_costs(packed: Packed, *, patches_per_image: int) -> np.ndarray:
     """float64 [sequences, 2]: cost of the tower, and of tower and language model together."""
-    per_image = patches_per_image * (
-        _TOWER_WEIGHTS + 2 * _TOWER_LAYERS * _TOWER_WIDTH * patches_per_image
-    )
-    tower = packed.distinct * per_image
-    # Packed rows have a fixed length: padding is computed too. Attention is causal, inside samples.
-    llm = packed.slots * _LLM_WEIGHTS + _LLM_LAYERS * _LLM_WIDTH * packed.sumsq
-    return np.stack([tower, tower + llm], axis=1)
+    tower = packed.distinct * tower_cost(patches_per_image)
+    return np.stack([tower, tower + llm_cost(packed.slots, packed.sumsq)], axis=1)
+
+
+def tower_cost(patches: np.ndarray | int) -> np.ndarray | float:
+    """Multiply-adds of the tower for pictures of so many patches."""
+    return patches * (_TOWER_WEIGHTS + 2 * _TOWER_LAYERS * _TOWER_WIDTH * patches)
+
+
+def llm_cost(slots: np.ndarray, sumsq: np.ndarray) -> np.ndarray:
+    """Multiply-adds of the language model for sequences.
+
+    Args:
+        slots: positions: rows have a fixed length, so padding is computed too.
+        sumsq: sum of squared sample lengths: attention is causal, inside samples.
+    """
+    return slots * _LLM_WEIGHTS + _LLM_LAYERS * _LLM_WIDTH * sumsq
 
 
 def simulate(
@@ -51,7 +61,7 @@ def simulate(
     steps = max(1, min(MAX_STEPS, count // size))
     naive, assigned = [], []
     for step in range(steps):
-        order = _packs_of_step(step, size=size, count=count, seed=seed)
+        order = packs_of_step(step, size=size, count=count, seed=seed)
         naive.append(_worst_over_mean(costs[order].reshape(data_parallel, PACKS_PER_RANK, 2)))
         members = np.array(balance(weights[order], bins=data_parallel))
         assigned.append(_worst_over_mean(costs[order[members]]))
@@ -65,8 +75,8 @@ def simulate(
     }
 
 
-def _packs_of_step(step: int, *, size: int, count: int, seed: int) -> np.ndarray:
-    """As BatchSource numbers them: without end, each epoch permuted."""
+def packs_of_step(step: int, *, size: int, count: int, seed: int) -> np.ndarray:
+    """Packs of a step as BatchSource numbers them: without end, each epoch permuted."""
     numbers = np.arange(step * size, (step + 1) * size)
     epochs, places = numbers // count, numbers % count
     return np.concatenate(

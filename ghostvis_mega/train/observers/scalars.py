@@ -20,6 +20,7 @@ def step_scalars(m: StepMetrics, run: RunInfo) -> dict[str, float]:
     }
     scalars |= {f"lr/{name}": value for name, value in m.lr.items()}
     scalars |= {f"timing/{name}_s": value for name, value in m.timing.items()}
+    scalars |= {f"dispatch/{name}": value for name, value in m.dispatch.items()}
     mfu = step_mfu(m, run)
     if mfu is not None:
         scalars["speed/mfu"] = mfu

@@ -12,11 +12,12 @@ MODULE_CSS = {"llm": "c1", "vision": "c2", "resampler": "c3", "projector": "c4"}
 
 
 def run_charts(steps: list[StepMetrics]) -> list[Chart]:
-    """Loss, gradient norm, learning rates and throughput over the steps of a run."""
+    """Loss, gradient norm, learning rates, throughput and, over several ranks, how pictures were
+    spread."""
     loss = [m.loss for m in steps]
     norm = [m.grad_norm for m in steps]
     rate = [m.tokens_per_s for m in steps]
-    return [
+    charts = [
         Chart("Loss", _raw_and_smooth(steps, loss, "c1"), _number, "{:.4f}".format, allow_log=True),
         Chart(
             "Gradient norm",
@@ -28,6 +29,26 @@ def run_charts(steps: list[StepMetrics]) -> list[Chart]:
         Chart("Learning rate", _learning_rates(steps), _power, "{:.3e}".format),
         Chart("Useful tokens per second", _raw_and_smooth(steps, rate, "c3"), short_si, si),
     ]
+    # One rank has nothing to share out and nobody to send to.
+    if any(m.dispatch.get("sent_max", 0.0) > 0 for m in steps):
+        imbalance = [m.dispatch.get("imbalance") or math.nan for m in steps]
+        charts.append(
+            Chart(
+                "Patches of the busiest rank over the mean",
+                _raw_and_smooth(steps, imbalance, "c2"),
+                _number,
+                "{:.3f}".format,
+            )
+        )
+        charts.append(
+            Chart(
+                "Embedding bytes that a rank sends",
+                _sent(steps),
+                short_si,
+                lambda value: si(value) + "B",
+            )
+        )
+    return charts
 
 
 def centred_mean(values: list[float], *, half: int) -> list[float]:
@@ -74,6 +95,15 @@ def _learning_rates(steps: list[StepMetrics]) -> tuple[Series, ...]:
         first = curves[modules[0]]
         return (Series("all modules", numbers, first.values, first.css),)
     return tuple(curves.values())
+
+
+def _sent(steps: list[StepMetrics]) -> tuple[Series, ...]:
+    """Bytes a step of the mean rank and of the one that sends most."""
+    numbers = [m.step for m in steps]
+    return tuple(
+        Series(name, numbers, [m.dispatch.get(key, math.nan) for m in steps], css)
+        for name, key, css in (("mean", "sent_mean", "c1"), ("most", "sent_max", "c4"))
+    )
 
 
 def _number(value: float) -> str:
