@@ -1,8 +1,8 @@
 """Which samples share a pack. Arithmetic on lengths; no file is touched.
 
-`balanced` is longest-processing-time first into a fixed number of bins, then best-fit repair: a
-little less full than best-fit decreasing, but packs look alike (images, squared lengths), which is
-what data-parallel ranks wait for.
+`balanced` is longest-processing-time first into a fixed number of bins, each then filled up with
+what was held back for that, and best-fit repair: as full as best-fit decreasing, but packs look
+alike (images, squared lengths), which is what data-parallel ranks wait for.
 """
 
 import heapq
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ghostvis_mega.data.completion import complete, hold_back
 from ghostvis_mega.data.order import hash_u64
 
-SLACK = 0.003
-"""Share of bins more than the lower bound that `balanced` starts with."""
+SLACK, PLAIN_SLACK = 0.001, 0.003
+"""Share of bins more than the lower bound that `balanced` starts with; the second one where nothing
+is held back."""
 
 _ORDER_KEY = 1
 _BIN_BITS = 32
@@ -146,7 +148,11 @@ def _cut_small(
 
 
 def pack_balanced(lengths: np.ndarray, units: Ragged, *, capacity: int, seed: int) -> Ragged:
-    """Longest unit first into the emptiest of about ceil(total / capacity) packs; rest best-fit.
+    """Longest unit first into the emptiest of about ceil(total / capacity) packs; some short units
+    wait and fill the packs up (`completion`); rest best-fit.
+
+    Lengths of few values may not add up to what is left. So if that took more packs than placing
+    all longest first begins with, this is tried as well and taken unless it needs more.
 
     Returns:
         Packs of sample numbers; every sample of `units` once; no pack longer than `capacity`.
@@ -154,17 +160,44 @@ def pack_balanced(lengths: np.ndarray, units: Ragged, *, capacity: int, seed: in
     sizes = np.add.reduceat(lengths[units.values], units.offsets[:-1])
     noise = np.argsort(hash_u64(np.arange(len(units)), seed, _ORDER_KEY), kind="stable")
     order = noise[np.argsort(-sizes[noise], kind="stable")]
-    count = max(1, -(-int(sizes.sum() * (1 + SLACK)) // capacity))
-    sizes = sizes[order]
-    if len(units) >= _BUCKETS_FROM * capacity and sizes[-1] > 0:
-        pack_of, loads = _fill_by_buckets(sizes, count, capacity)
+    units, sizes = units.take(order), sizes[order]
+    held = hold_back(sizes, order, capacity=capacity, seed=seed)
+    first = _count(sizes, SLACK, capacity)
+    packs = _pack(lengths, units, sizes, held, count=first, capacity=capacity, seed=seed)
+    plain = _count(sizes, PLAIN_SLACK, capacity)
+    if len(packs) > plain:
+        nothing = np.zeros_like(held)
+        other = _pack(lengths, units, sizes, nothing, count=plain, capacity=capacity, seed=seed)
+        packs = min(other, packs, key=len)
+    return packs
+
+
+def _count(sizes: np.ndarray, slack: float, capacity: int) -> int:
+    return max(1, -(-int(sizes.sum() * (1 + slack)) // capacity))
+
+
+def _pack(
+    lengths: np.ndarray,
+    units: Ragged,
+    sizes: np.ndarray,
+    held: np.ndarray,
+    *,
+    count: int,
+    capacity: int,
+    seed: int,
+) -> Ragged:
+    """Units of descending sizes into `count` packs and, for what is left over, some more."""
+    pack_of = np.full(len(units), -1, dtype=np.int64)
+    early = sizes[~held]
+    if len(early) and len(units) >= _BUCKETS_FROM * capacity and early[-1] > 0:
+        pack_of[~held], loads = _fill_by_buckets(early, count, capacity)
     else:
-        pack_of, loads = _fill_by_heap(sizes.tolist(), count, capacity)
+        pack_of[~held], loads = _fill_by_heap(early.tolist(), count, capacity)
+    pack_of[held], loads = complete(loads, sizes[held], capacity=capacity, seed=seed)
     placed = pack_of >= 0
-    first = units.take(order[placed])
-    late_samples, late_packs = _repair(
-        loads, units.take(order[~placed]).lists(), sizes[~placed].tolist(), lengths, capacity
-    )
+    first = units.take(np.flatnonzero(placed))
+    rest = units.take(np.flatnonzero(~placed)).lists()
+    late_samples, late_packs = _repair(loads, rest, sizes[~placed].tolist(), lengths, capacity)
     samples = np.concatenate([first.values, late_samples])
     packs = np.concatenate([np.repeat(pack_of[placed], first.counts), late_packs])
     counts = np.bincount(packs)

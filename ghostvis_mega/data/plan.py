@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Algorithm = Literal["balanced", "bfd", "none"]
 ALGORITHMS: tuple[Algorithm, ...] = ("balanced", "bfd", "none")
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 """Part of a plan's identity: raise it when the same parameters give another plan."""
 
 PLAN_FILE = "plan.json"

@@ -65,6 +65,24 @@ def test_equal_to_the_reference(
         assert any(len(unit) > 1 for unit in slow) and max(map(len, slow)) < count
 
 
+def test_where_holding_back_saves_no_pack_nothing_is_held_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nearly equal lengths do not add up to what is left, however they are chosen."""
+    lengths = 40 + hash_u64(np.arange(2000), 6).astype(np.int64) % 8
+    singles = Ragged.singles(np.arange(2000))
+    found = pack_balanced(lengths, singles, capacity=1024, seed=0).lists()
+    alone = [[sample] for sample in range(2000)]
+    assert found == reference.pack_balanced(lengths, alone, capacity=1024, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "hold_back", lambda sizes, *_, **__: np.zeros(len(sizes), bool))
+        patch.setattr(packing, "SLACK", packing.PLAIN_SLACK)
+        assert found == pack_balanced(lengths, singles, capacity=1024, seed=0).lists()
+    monkeypatch.setattr(packing, "PLAIN_SLACK", 1.0)  # never tried, since it begins with too many
+    assert len(pack_balanced(lengths, singles, capacity=1024, seed=0)) >= len(found)
+    assert found != pack_balanced(lengths, singles, capacity=1024, seed=0).lists()
+
+
 def test_large_groups_take_their_own_path() -> None:
     lengths, _ = _draw(2000, 9, 30)
     groups = np.concatenate([np.zeros(700), np.ones(64), np.full(65, 2), np.arange(3, 1174)])

@@ -208,21 +208,33 @@ def test_the_mix_meets_its_bars(capsys: pytest.CaptureFixture[str]) -> None:
     assert (stats["seq_length"], stats["samples"] + stats["too_long"]) == (4096, 200_000)
     balanced = stats["packing"]["balanced"]
     images = balanced["images_per_sequence"]
-    assert balanced["padding_waste"] <= 0.010
+    assert balanced["padding_waste"] <= 0.002
     assert balanced["bound_waste"] <= balanced["padding_waste"]
     assert images["sd"] <= 0.35 * images["mean"]
     assert [row["data_parallel"] for row in stats["balance"]] == [8, 32, 512]
     for row in stats["balance"][:2]:
         assert row["assigned"]["tower"] <= 1.10
         assert row["assigned"]["total"] <= 1.05
-        assert row["naive"]["tower"] > 1.10
+        assert row["naive"]["tower"] > row["assigned"]["tower"] + 0.05
     assert len(stats["bars"]) == 6
     assert all(bar["ok"] for bar in stats["bars"])
 
 
-def test_the_bars_need_both_ways_of_dealing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_mix_is_packed_alike_with_other_seeds(seed: int) -> None:
+    stats = mix_stats(seq_length=4096, tokens_per_image=64, seed=seed, data_parallel=(8, 32))
+    assert all(bar["ok"] for bar in stats["bars"])
+    assert stats["packing"]["balanced"]["padding_waste"] <= 0.002
+
+
+def test_the_bars_need_what_packing_and_dealing_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing held back packs end up less full, and with plain dealing they load unevenly."""
+    monkeypatch.setattr(
+        "ghostvis_mega.data.packing.hold_back", lambda sizes, *_, **__: np.zeros(len(sizes), bool)
+    )
     monkeypatch.setattr("ghostvis_mega.data.source._TOO_UNEVEN", math.inf)
     stats = mix_stats(seq_length=4096, tokens_per_image=64, seed=0, data_parallel=(32,))
+    assert stats["packing"]["balanced"]["padding_waste"] > 0.006
     assert {bar["name"] for bar in stats["bars"] if not bar["ok"]} >= {
         "tower cost, max / mean over 32 ranks"
     }
