@@ -11,6 +11,7 @@ dump and then runs the script or module.
 import contextlib
 import faulthandler
 import os
+import random
 import re
 import runpy
 import signal
@@ -28,6 +29,8 @@ PACKAGES = Path(__file__).resolve().parents[2]
 """Where `ghostvis_mega` lies."""
 EXIT_HANG = 70
 """Exit code of `launch_self` when time is up, as of a run that its watchdog ends."""
+_PORTS = (15000, 32000)
+"""Below the range of ports that systems hand out by themselves."""
 _DUMP_GRACE_S = 1.0
 _POLL_S = 0.1
 _OUTPUT_CHARACTERS = 6000
@@ -133,15 +136,13 @@ def run_ranks(
         RankHang: Time is up.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     shared = {
         **os.environ,
         **environment,
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_free_port()),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")])),
         "LAUNCH_FOLDER": str(folder),
         "LAUNCH_FUSE_S": str(timeout_s + 60),
@@ -171,6 +172,17 @@ def run_ranks(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _free_port() -> int:
+    """A port for the ranks to meet at, seconds from now.
+
+    Not one that the system would hand out: by then it might have, to any connection.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _wait(name: str, processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
