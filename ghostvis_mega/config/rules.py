@@ -106,6 +106,11 @@ def _batch_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
             f"batch.micro_size={batch.micro_size} with data.packing=true: a pack is one long "
             "sequence already. Set micro_size: 1 and a larger data.seq_length, or packing: false."
         )
+    if not cfg.data.packing and cfg.data.pack_algorithm != "balanced":
+        yield (
+            f"data.pack_algorithm={cfg.data.pack_algorithm} with data.packing=false: rows hold one "
+            "sample each. Set packing: true, or leave pack_algorithm out."
+        )
     if world_size % _replica(cfg):
         return
     replicas = world_size // _replica(cfg)

@@ -157,6 +157,11 @@ class DataConfig(Section):
     seq_length: Positive
     packing: bool = True
     """True: samples share a sequence, apart in attention and positions; False: one a row."""
+    pack_algorithm: Literal["balanced", "bfd", "concat"] = "balanced"
+    """How samples share sequences; `concat` leaves no padding but cuts samples where they end."""
+    too_long: Literal["drop", "truncate-at-turn", "split-text"] = "drop"
+    """Samples longer than a sequence: left out; conversations cut after the last answer that fits;
+    or documents cut into parts. Images are never cut."""
     augment: bool = False
     """Random mirroring and shifts of the pictures, a function of (seed, epoch, image) alone."""
     num_workers: NonNegative = 0

@@ -23,13 +23,15 @@ class SequenceMeta:
     """One sequence (a pack, or a row without packing), from the index alone.
 
     `num_tokens` counts useful positions: images expanded, no padding. `image_ids` has one entry an
-    image slot, in order, so an id may repeat.
+    image slot, in order, so an id may repeat. `pieces` says which stored tokens of each sample lie
+    here (the first, and how many; see `data.pieces`), and is empty where all samples are whole.
     """
 
     sample_ids: tuple[int, ...]
     num_tokens: int
     trained_tokens: int
     image_ids: tuple[int, ...]
+    pieces: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset, Gathered
+from ghostvis_mega.data.pieces import cut_gathered, piece_images, piece_lengths, piece_trained
 from ghostvis_mega.utils.errors import DataError
 
 
@@ -73,11 +74,13 @@ class Corpus:
         key, _ = self.datasets[number].sample_key(sample - int(self.sample_offsets[number]))
         return key
 
-    def trained_tokens(self, sample: int) -> int:
-        """Labels of a sample under the loss, from the index."""
+    def trained_tokens(self, sample: int, piece: tuple[int, int] | None = None) -> int:
+        """Labels of a sample, or of a piece of it, under the loss, from the index."""
         number = self.dataset_of_sample(sample)
-        record = self.datasets[number].sample_index[sample - int(self.sample_offsets[number])]
-        return int(record["trained_len"])
+        local = np.array([sample - int(self.sample_offsets[number])])
+        if piece is not None:
+            return int(piece_trained(self.datasets[number], local, np.array([piece]))[0])
+        return int(self.datasets[number].sample_index["trained_len"][local[0]])
 
     def images_of(self, sample: int) -> list[int]:
         """Images that a sample shows, from the index."""
@@ -92,8 +95,27 @@ class Corpus:
             [dataset.lengths(tokens_per_image=tokens_per_image) for dataset in self.datasets]
         )
 
-    def gather(self, samples: Sequence[int]) -> tuple[Gathered, list[DamagedSample]]:
+    def piece_lengths(
+        self,
+        samples: Sequence[int],
+        pieces: Sequence[tuple[int, int]],
+        *,
+        tokens_per_image: int,
+    ) -> list[int]:
+        """Positions that pieces of samples of one dataset take, images expanded."""
+        number = self.dataset_of_sample(samples[0])
+        local = np.array(samples, dtype=np.int64) - int(self.sample_offsets[number])
+        found = piece_lengths(
+            self.datasets[number], local, np.array(pieces), tokens_per_image=tokens_per_image
+        )
+        return found.tolist()
+
+    def gather(
+        self, samples: Sequence[int], pieces: Sequence[tuple[int, int]] = ()
+    ) -> tuple[Gathered, list[DamagedSample]]:
         """Samples of one dataset end to end; a damaged one keeps its shape and trains nothing.
+
+        With `pieces` (first token and number of tokens, one a sample), only those of them.
 
         In its place stand its images, then padding: what the index says it holds, so that other
         ranks, which planned by the index, need not know.
@@ -106,16 +128,23 @@ class Corpus:
         dataset = self.datasets[number]
         offset, image_offset = int(self.sample_offsets[number]), int(self.image_offsets[number])
         local = np.array(samples, dtype=np.int64) - offset
+        cuts = np.array(pieces, dtype=np.int64).reshape(-1, 2) if pieces else None
         try:
-            return _shift_images(dataset.gather(local), image_offset), []
+            data = dataset.gather(local)
+            data = data if cuts is None else cut_gathered(data, cuts)
+            return _shift_images(data, image_offset), []
         except DataError:
             bad = {index: dataset.crc_problem(index) for index in local.tolist()}
             if not any(bad.values()):
                 raise
-        parts = [
-            _blank(dataset, index) if bad[index] else dataset.gather(np.array([index]))
-            for index in local.tolist()
-        ]
+        parts = []
+        for place, index in enumerate(local.tolist()):
+            cut = None if cuts is None else cuts[[place]]
+            if bad[index]:
+                parts.append(_blank(dataset, index, cut))
+            else:
+                part = dataset.gather(np.array([index]))
+                parts.append(part if cut is None else cut_gathered(part, cut))
         found = [DamagedSample(index + offset, text) for index, text in bad.items() if text]
         return _shift_images(_join(parts), image_offset), found
 
@@ -129,8 +158,8 @@ def _shift_images(gathered: Gathered, offset: int) -> Gathered:
     return gathered
 
 
-def _blank(dataset: Dataset, index: int) -> Gathered:
-    """The shape of a damaged sample: images first, then padding."""
+def _blank(dataset: Dataset, index: int, cut: np.ndarray | None) -> Gathered:
+    """The shape of a damaged sample or piece of one: images first, then padding."""
     record = dataset.sample_index[index]
     length, images = int(record["tok_len"]), int(record["n_images"])
     if length < images or length > dataset.manifest.counts.tokens:
@@ -138,6 +167,10 @@ def _blank(dataset: Dataset, index: int) -> Gathered:
             f"sample {index} of {dataset.path}: its record is damaged beyond use: run "
             "`python -m tools.preprocess verify` and copy or ingest the dataset again"
         )
+    image_ids = dataset.image_ids(np.array([index]))[0]
+    if cut is not None:
+        image_ids, counts = piece_images(dataset, np.array([index]), cut)
+        length, images = int(cut[0, 1]), int(counts[0])
     specials = dataset.manifest.tokenizer.specials
     tokens = np.full(length, specials["pad"], dtype=np.int64)
     tokens[:images] = specials["image"]
@@ -146,7 +179,7 @@ def _blank(dataset: Dataset, index: int) -> Gathered:
         trained=np.zeros(length, dtype=bool),
         tok_lens=np.array([length]),
         image_counts=np.array([images]),
-        image_ids=dataset.image_ids(np.array([index]))[0],
+        image_ids=image_ids,
         image_positions=np.arange(images),
     )
 

@@ -17,19 +17,23 @@ from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.manifest import PLANS_DIRECTORY
 from ghostvis_mega.data.order import shuffled
 from ghostvis_mega.data.packing import Ragged, make_units, pack_balanced, pack_bfd
+from ghostvis_mega.data.pieces import concat, cut_long, piece_images, piece_lengths, whole
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write, atomic_write_json, canonical_json
 
 log = logging.getLogger(__name__)
 
-Algorithm = Literal["balanced", "bfd", "none"]
-ALGORITHMS: tuple[Algorithm, ...] = ("balanced", "bfd", "none")
+Algorithm = Literal["balanced", "bfd", "concat", "none"]
+ALGORITHMS: tuple[Algorithm, ...] = ("balanced", "bfd", "concat", "none")
+TooLong = Literal["drop", "truncate-at-turn", "split-text"]
 PLANNER_VERSION = 2
 """Part of a plan's identity: raise it when the same parameters give another plan."""
 
 PLAN_FILE = "plan.json"
+FORMAT_PIECES = 2
+"""Format of a stored plan that cuts samples; without it, a plan has the first format."""
 _SHUFFLE_KEY = 2
-_LATER: dict[str, Any] = {"segment_align": 1}
+_LATER: dict[str, Any] = {"segment_align": 1, "too_long": "drop"}
 """Parameters that the first plans did not have, and what those plans mean."""
 
 _ARRAYS: dict[str, np.dtype] = {
@@ -42,6 +46,7 @@ _ARRAYS: dict[str, np.dtype] = {
     "distinct_images.u32": np.dtype("<u4"),
     "sumsq.u64": np.dtype("<u8"),
 }
+_PIECES = "pieces.u32"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class PlanParams:
             so that a pack is not about a single picture.
         segment_align: each sample of a pack takes a multiple of so many positions, the rest of
             which is padding of its own segment; 2 * CP for context parallelism.
+        too_long: what becomes of samples longer than a sequence, except with `concat`, which cuts
+            all samples where sequences end; see `pieces.cut_long`.
     """
 
     algorithm: Algorithm
@@ -64,6 +71,7 @@ class PlanParams:
     group_images: bool = True
     images_per_pack: int = 4
     segment_align: int = 1
+    too_long: TooLong = "drop"
 
     def document(self) -> dict[str, Any]:
         """JSON of the parameters; later ones only where they are set, so that plans made before
@@ -94,6 +102,9 @@ class PackPlan:
     images: np.ndarray  # uint32 [packs]: image places
     distinct_images: np.ndarray  # uint32 [packs]: what a tower must encode
     sumsq: np.ndarray  # uint64 [packs]: sum of squared segment lengths, the cost of attention
+    pieces: np.ndarray | None = None
+    """uint32 [planned samples, 2]: first stored token and number of tokens of the part of a sample
+    that the pack holds; None if all are whole."""
 
     @property
     def num_packs(self) -> int:
@@ -108,6 +119,12 @@ class PackPlan:
     def pack(self, number: int) -> np.ndarray:
         """Sample numbers of one pack, in order: int64."""
         return self.samples[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
+
+    def pack_pieces(self, number: int) -> np.ndarray | None:
+        """Which tokens of the samples of `pack(number)` it holds: int64 [samples, 2] or None."""
+        if self.pieces is None:
+            return None
+        return self.pieces[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
 
 
 def align_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
@@ -136,11 +153,16 @@ def _group_by_image(dataset: Dataset) -> np.ndarray:
 
 
 def _make_packs(
-    dataset: Dataset, params: PlanParams, lengths: np.ndarray, kept: np.ndarray
+    dataset: Dataset,
+    params: PlanParams,
+    lengths: np.ndarray,
+    kept: np.ndarray,
+    owners: np.ndarray,
 ) -> Ragged:
+    """Packs of what has `lengths`; `owners` are the samples that it is, or is part of."""
     groups = None
     if params.group_images and params.algorithm == "balanced":
-        groups = _group_by_image(dataset)
+        groups = _group_by_image(dataset)[owners]
     return pack_lengths(lengths, kept, groups, params)
 
 
@@ -181,10 +203,22 @@ def build_plan(dataset: Dataset, params: PlanParams) -> PackPlan:
             f"{dataset.path} holds images, but an image takes {params.tokens_per_image} positions: "
             "use a model with a vision part, or a dataset of text"
         )
+    if params.algorithm == "concat":
+        return _concatenate(dataset, params)
     lengths = dataset.lengths(tokens_per_image=params.tokens_per_image)
     fits = lengths <= params.seq_length
     kept, dropped = np.flatnonzero(fits), np.flatnonzero(~fits)
-    if not len(kept):
+    cut, parts = np.zeros(0, dtype=np.int64), np.zeros((0, 2), dtype=np.int64)
+    if params.too_long != "drop":
+        cut, parts = cut_long(
+            dataset,
+            dropped,
+            policy=params.too_long,
+            seq_length=params.seq_length,
+            tokens_per_image=params.tokens_per_image,
+        )
+        dropped = np.setdiff1d(dropped, cut)
+    if not len(kept) and not len(cut):
         shortest = int(lengths.min()) if len(lengths) else 0
         raise DataError(
             f"no sample of {dataset.path} fits into seq_length={params.seq_length}: "
@@ -195,9 +229,48 @@ def build_plan(dataset: Dataset, params: PlanParams) -> PackPlan:
             "%s: %d of %d samples are longer than seq_length=%d and are left out",
             dataset.path, len(dropped), len(lengths), params.seq_length,
         )  # fmt: skip
-    packs = _make_packs(dataset, params, lengths, kept)
+    # Parts of samples are packed as if they were samples with numbers behind the others.
+    owners = np.concatenate([np.arange(len(lengths)), cut])
+    kept = np.concatenate([kept, len(lengths) + np.arange(len(cut))])
+    sizes = {"tokens_per_image": params.tokens_per_image}
+    lengths = np.concatenate([lengths, piece_lengths(dataset, cut, parts, **sizes)])
+    packs = _make_packs(dataset, params, lengths, kept, owners)
     packs = packs.take(shuffled(len(packs), params.seed, _SHUFFLE_KEY))
-    return _describe(dataset, params, packs=packs, dropped=dropped, lengths=lengths)
+    pieces = None
+    if len(cut):
+        pieces = np.concatenate([whole(dataset, np.arange(dataset.num_samples)), parts])
+        pieces = pieces[packs.values]
+    return _describe(
+        dataset,
+        params,
+        packs=Ragged(packs.offsets, owners[packs.values]),
+        pieces=pieces,
+        dropped=dropped,
+        planned=lengths[packs.values],
+    )
+
+
+def _concatenate(dataset: Dataset, params: PlanParams) -> PackPlan:
+    """All samples end to end; only pictures leave something over."""
+    offsets, samples, pieces = concat(
+        dataset,
+        seq_length=params.seq_length,
+        tokens_per_image=params.tokens_per_image,
+        segment_align=params.segment_align,
+        seed=params.seed,
+    )
+    packs = Ragged(offsets, np.arange(len(samples)))
+    packs = packs.take(shuffled(len(packs), params.seed, _SHUFFLE_KEY))
+    samples, pieces = samples[packs.values], pieces[packs.values]
+    sizes = {"tokens_per_image": params.tokens_per_image}
+    return _describe(
+        dataset,
+        params,
+        packs=Ragged(packs.offsets, samples),
+        pieces=pieces,
+        dropped=np.zeros(0, dtype=np.int64),
+        planned=piece_lengths(dataset, samples, pieces, **sizes),
+    )
 
 
 def _describe(
@@ -205,15 +278,17 @@ def _describe(
     params: PlanParams,
     *,
     packs: Ragged,
+    pieces: np.ndarray | None,
     dropped: np.ndarray,
-    lengths: np.ndarray,
+    planned: np.ndarray,
 ) -> PackPlan:
-    """Costs of each pack from its samples."""
+    """Costs of each pack from its samples, which take `planned` positions each."""
     offsets, samples, segments = packs.offsets, packs.values, packs.counts
-    planned = lengths[samples]
     # A row without packing is one segment, whose padding is the row's.
     segment = align_up(planned, params.segment_align if params.algorithm != "none" else 1)
-    image_ids, counts = dataset.image_ids(samples)
+    image_ids, counts = (
+        dataset.image_ids(samples) if pieces is None else piece_images(dataset, samples, pieces)
+    )
     pack_of_image = np.repeat(np.repeat(np.arange(len(segments)), segments), counts)
     pairs = np.unique(pack_of_image * max(1, dataset.num_images) + image_ids)
     distinct = np.bincount(pairs // max(1, dataset.num_images), minlength=len(segments))
@@ -227,6 +302,7 @@ def _describe(
         images=np.bincount(pack_of_image, minlength=len(segments)).astype("<u4"),
         distinct_images=distinct.astype("<u4"),
         sumsq=np.add.reduceat(segment**2, offsets[:-1]).astype("<u8"),
+        pieces=None if pieces is None else pieces.astype("<u4"),
     )
 
 
@@ -235,7 +311,8 @@ def _arrays(plan: PackPlan) -> dict[str, np.ndarray]:
         plan.offsets, plan.samples, plan.dropped, plan.tokens,
         plan.segments, plan.images, plan.distinct_images, plan.sumsq,
     )  # fmt: skip
-    return dict(zip(_ARRAYS, fields, strict=True))
+    arrays = dict(zip(_ARRAYS, fields, strict=True))
+    return arrays if plan.pieces is None else {**arrays, _PIECES: plan.pieces}
 
 
 def save_plan(dataset: Dataset, plan: PackPlan) -> Path:
@@ -255,6 +332,8 @@ def save_plan(dataset: Dataset, plan: PackPlan) -> Path:
         "fill": round(plan.fill, 6),
         "files": files,
     }
+    if plan.pieces is not None:
+        document["format"] = FORMAT_PIECES
     document["digest"] = hashlib.sha256(canonical_json(document)).hexdigest()
     atomic_write_json(directory / PLAN_FILE, document)
     return directory
@@ -279,13 +358,20 @@ def read_plan(directory: Path, params: PlanParams | None = None) -> PackPlan:
         raise DataError(f"{file} is missing or damaged ({error}): {advice}") from error
     if not intact or (params is not None and stored != params):
         raise DataError(f"{file} does not match its digest or its directory's name: {advice}")
+    if document.get("format", 1) > FORMAT_PIECES:
+        raise DataError(
+            f"{file} has format {document['format']}, made by a later version: {advice}"
+        )
     arrays = []
-    for name, dtype in _ARRAYS.items():
+    cuts = {_PIECES: np.dtype("<u4")} if _PIECES in document["files"] else {}
+    for name, dtype in {**_ARRAYS, **cuts}.items():
         path = directory / name
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != document["files"][name]["sha256"]:
             raise DataError(f"{path} is missing or damaged: {advice}")
         arrays.append(np.frombuffer(data, dtype=dtype))
+    if cuts:
+        arrays[-1] = arrays[-1].reshape(-1, 2)
     return PackPlan(stored, *arrays)
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ghostvis_mega.data.export.megatron import MegatronFiles
 from ghostvis_mega.data.manifest import SCHEMA
-from ghostvis_mega.data.plan import Algorithm, PlanParams
+from ghostvis_mega.data.plan import Algorithm, PlanParams, TooLong
 from ghostvis_mega.data.readers.registry import SourceSpec, find_format
 from ghostvis_mega.data.template import TEMPLATE_NAME, find_style
 from ghostvis_mega.utils.errors import DataError
@@ -54,6 +54,7 @@ class PlanRecipe(_Part):
     seed: int = Field(default=0, ge=0)
     group_images: bool = True
     segment_align: int = Field(default=1, ge=1)
+    too_long: TooLong = "drop"
 
     def params(self) -> PlanParams:
         """As the planner takes them."""

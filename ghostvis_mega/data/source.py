@@ -17,9 +17,12 @@ from ghostvis_mega.data.blend import BlendOrder, BlendWeights, Phase
 from ghostvis_mega.data.corpus import Corpus, DamagedSample
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.order import permute
+from ghostvis_mega.data.pieces import piece_images, piece_trained
 from ghostvis_mega.data.plan import (
+    Algorithm,
     PackPlan,
     PlanParams,
+    TooLong,
     align_up,
     check_alignment,
     load_or_build,
@@ -55,6 +58,8 @@ class BatchSource:
         seed: int,
         group_images: bool = True,
         segment_align: int = 1,
+        algorithm: Algorithm = "balanced",
+        too_long: TooLong = "drop",
         blend: BlendWeights | None = None,
         on_damage: Callable[[DamagedSample], None] | None = None,
     ):
@@ -67,6 +72,8 @@ class BatchSource:
             segment_align: in packed rows every segment, the tail too, is a multiple of so many
                 positions; what a sample leaves of its last multiple is padding inside its segment,
                 where positions run on and nothing is trained. 2 * CP for context parallelism.
+            algorithm: how samples share packed sequences; rows without packing hold one each.
+            too_long: what becomes of samples longer than a sequence; see `PlanParams`.
             blend: shares of several datasets.
             on_damage: told of each sample that was blanked because its crc is wrong; None lets
                 damage stop the reading.
@@ -88,12 +95,13 @@ class BatchSource:
         )
         self._tokens_per_image, self._seed = tokens_per_image, seed
         self.params = PlanParams(
-            algorithm="balanced" if packing else "none",
+            algorithm=algorithm if packing else "none",
             seq_length=seq_length,
             tokens_per_image=tokens_per_image,
             seed=seed,
             group_images=group_images,
             segment_align=segment_align,
+            too_long=too_long,
         )
         self._align = segment_align if packing else 1
         self.plans: tuple[PackPlan, ...] = tuple(
@@ -133,7 +141,7 @@ class BatchSource:
         for source in np.unique(sources).tolist():
             packs[sources == source] = self._packs(source, places[sources == source])
         sequences = [
-            self._meta(source, pack)
+            self.sequence(source, pack)
             for source, pack in zip(sources.tolist(), packs.tolist(), strict=True)
         ]
         costs = np.array(
@@ -159,15 +167,22 @@ class BatchSource:
             packs[chosen] = permute(packs[chosen], count=count, seed=seed, epoch=epoch)
         return packs
 
-    def _meta(self, source: int, pack: int) -> SequenceMeta:
+    def sequence(self, source: int, pack: int) -> SequenceMeta:
+        """One pack of dataset number `source`, from the index alone."""
         dataset, plan = self.corpus.datasets[source], self.plans[source]
-        samples = plan.pack(pack)
-        image_ids, _ = dataset.image_ids(samples)
+        samples, pieces = plan.pack(pack), plan.pack_pieces(pack)
+        if pieces is None:
+            image_ids, _ = dataset.image_ids(samples)
+            trained = dataset.sample_index["trained_len"][samples]
+        else:
+            image_ids, _ = piece_images(dataset, samples, pieces)
+            trained = piece_trained(dataset, samples, pieces)
         return SequenceMeta(
             sample_ids=tuple((samples + self.corpus.sample_offsets[source]).tolist()),
             num_tokens=int(plan.tokens[pack]),
-            trained_tokens=int(dataset.sample_index["trained_len"][samples].sum()),
+            trained_tokens=int(trained.sum()),
             image_ids=tuple((image_ids + self.corpus.image_offsets[source]).tolist()),
+            pieces=() if pieces is None else tuple((a, b) for a, b in pieces.tolist()),
         )
 
     def micro_batch(self, rows: tuple[SequenceMeta, ...]) -> MicroBatch:
@@ -185,7 +200,7 @@ class BatchSource:
         segments = np.zeros(0, dtype=np.int64)
         for number, row in enumerate(rows):
             views = (tokens_BS[number], labels_BS[number], weights_BS[number], positions_BS[number])
-            segments, slots = self._fill_row(number, row.sample_ids, *views)
+            segments, slots = self._fill_row(number, row, *views)
             images += slots
         cu_seqlens, longest = None, self.seq_length
         if self.packing:
@@ -207,14 +222,14 @@ class BatchSource:
     def _fill_row(
         self,
         number: int,
-        sample_ids: tuple[int, ...],
+        row: SequenceMeta,
         tokens_S: np.ndarray,
         labels_S: np.ndarray,
         weights_S: np.ndarray,
         positions_S: np.ndarray,
     ) -> tuple[np.ndarray, list[ImageSlot]]:
         """Write one row in place; returns segment lengths (padding included) and slots."""
-        data, damaged = self.corpus.gather(sample_ids)
+        data, damaged = self.corpus.gather(row.sample_ids, row.pieces)
         for sample in damaged:
             if self._on_damage is None:
                 raise DataError(sample.problem)
@@ -229,7 +244,7 @@ class BatchSource:
         used = int(segments.sum())
         if used > self.seq_length:
             raise DataError(
-                f"samples {list(sample_ids)} of {self.corpus.path} take {used} positions, more "
+                f"samples {list(row.sample_ids)} of {self.corpus.path} take {used} positions, more "
                 f"than the {self.seq_length} they were planned for: the index is damaged, run "
                 "`python -m tools.preprocess verify`"
             )

@@ -16,12 +16,13 @@ from ghostvis_mega.data.looks.packing import (
     STRATEGIES,
     Packed,
     Samples,
+    dataset_strategies,
     pack_dataset,
     pack_samples,
     packing_stats,
 )
 from ghostvis_mega.data.manifest import REJECTS
-from ghostvis_mega.data.plan import PlanParams, align_up, check_alignment
+from ghostvis_mega.data.plan import PlanParams, TooLong, align_up, check_alignment
 
 DATA_PARALLEL = (8, 32, 512)
 PATCHES_PER_IMAGE = 576
@@ -154,6 +155,7 @@ def dataset_stats(
     patches_per_image: int = PATCHES_PER_IMAGE,
     data_parallel: Sequence[int] = DATA_PARALLEL,
     segment_align: int = 1,
+    too_long: TooLong = "drop",
 ) -> dict[str, Any]:
     """Content, lengths, packing and balance of a dataset; JSON types only.
 
@@ -164,9 +166,17 @@ def dataset_stats(
     lengths = dataset.lengths(tokens_per_image=tokens_per_image)
     ids, counts = dataset.image_ids(np.arange(len(records)))
     samples = Samples(lengths, counts, ids)
-    params = PlanParams("balanced", seq_length, tokens_per_image, seed, segment_align=segment_align)
+    params = PlanParams(
+        "balanced",
+        seq_length,
+        tokens_per_image,
+        seed,
+        segment_align=segment_align,
+        too_long=too_long,
+    )
     packed = {
-        name: pack_dataset(dataset, samples, strategy=name, params=params) for name in STRATEGIES
+        name: pack_dataset(dataset, samples, strategy=name, params=params)
+        for name in dataset_strategies(dataset, params)
     }
     return {
         "path": str(dataset.path),
@@ -180,6 +190,7 @@ def dataset_stats(
         "length_histogram": _histogram(lengths),
         "tokens_per_image": tokens_per_image,
         "too_long": int(np.count_nonzero(lengths > seq_length)),
+        "too_long_policy": too_long,
         "segment_align": segment_align,
         "alignment_padding": _alignment_padding(lengths[lengths <= seq_length], segment_align),
         "repeated_samples": len(records) - len(np.unique(records["text_hash"])),

@@ -8,6 +8,7 @@ it with it: the answer to a question about a black square teaches nothing.
 
 import dataclasses
 from collections.abc import Collection
+from itertools import repeat
 
 import torch
 import torch.distributed as dist
@@ -49,9 +50,9 @@ def agree_on_damage(
     }
     # From the index, as the planned number was: a rank may hold a blanked copy or a sound one.
     lost = sum(
-        corpus.trained_tokens(sample)
+        corpus.trained_tokens(sample, piece)
         for row in batch.sequences
-        for sample in row.sample_ids
+        for sample, piece in zip(row.sample_ids, row.pieces or repeat(None), strict=False)
         if sample in left_out
     )
     return dataclasses.replace(

@@ -9,7 +9,7 @@ from typing import Any
 from ghostvis_mega.config.schema import DataConfig, RunConfig
 from ghostvis_mega.data import state as data_state
 from ghostvis_mega.data.bad_samples import LEDGER, BadSamples
-from ghostvis_mega.data.batch import Damage, GlobalBatch
+from ghostvis_mega.data.batch import Damage, GlobalBatch, SequenceMeta
 from ghostvis_mega.data.blend import BlendWeights
 from ghostvis_mega.data.corpus import DamagedSample
 from ghostvis_mega.data.dataset import Dataset
@@ -59,6 +59,8 @@ class Feed:
             packing=run.data.packing,
             tokens_per_image=run.model.tokens_per_image,
             seed=run.train.seed,
+            algorithm=run.data.pack_algorithm,
+            too_long=run.data.too_long,
             blend=blend_weights(run.data),
             on_damage=self._note_sample,
         )
@@ -69,8 +71,7 @@ class Feed:
             num_samples=self.corpus.num_samples,
             rank=groups.rank,
         )
-        self.sample_lengths = self.corpus.lengths(tokens_per_image=run.model.tokens_per_image)
-        """int64 [samples of all datasets]: positions that each sample takes."""
+        self._sample_lengths = self.corpus.lengths(tokens_per_image=run.model.tokens_per_image)
         workers = run.data.num_workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed") if workers else None
         self._reading = threading.local()
@@ -97,6 +98,13 @@ class Feed:
             if number not in self._ahead:
                 self._ahead[number] = self._pool.submit(self._read, number)
         return self._ahead.pop(step).result()
+
+    def lengths(self, row: SequenceMeta) -> list[int]:
+        """Positions that each sample of a sequence takes, images expanded."""
+        width = self.run.model.tokens_per_image
+        if row.pieces:
+            return self.corpus.piece_lengths(row.sample_ids, row.pieces, tokens_per_image=width)
+        return self._sample_lengths[list(row.sample_ids)].tolist()
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -111,10 +111,9 @@ class Loop:
     ) -> StepMetrics:
         """The numbers of one step of the whole job."""
         run = self.engine.run
-        lengths = self.feed.sample_lengths
         flops = batch_flops(
             run.model,
-            segments=[int(lengths[i]) for row in batch.sequences for i in row.sample_ids],
+            segments=[n for row in batch.sequences for n in self.feed.lengths(row)],
             head_rows=batch.trained_tokens,
             num_images=dispatch.num_images,
             trained=run.trained_modules,

@@ -142,7 +142,7 @@ def test_a_dataset_goes_through_all_commands(
     stats = json.loads(text)
     assert stats["packing"]["balanced"]["fill"] == pytest.approx(plan["fill"], abs=1e-4)
     assert stats["several_images_samples"] == stats["text_only_samples"] == 1
-    assert _run(capsys, "stats", out, *sizes)[1].count(" padding waste ") == 5
+    assert _run(capsys, "stats", out, *sizes)[1].count(" padding waste ") == 6
     assert _run(capsys, "verify", out, "--deep")[0] == 0
     data = bytearray((out / "samples/keys.bin").read_bytes())
     data[-1] ^= 1
@@ -227,7 +227,9 @@ def test_light_modules_do_not_import_torch() -> None:
 def test_plans_for_context_parallel_runs(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = shutil.copytree(dataset.path, tmp_path / "made.gvd")
+    made = shutil.copytree(
+        dataset.path, tmp_path / "made.gvd", ignore=shutil.ignore_patterns("plans")
+    )
     sizes = ["--seq-length", 160, "--tokens-per-image", 8]
     plan = ["plan", made, *sizes, "--json"]
     planned = json.loads(_run(capsys, *plan, "--context-parallel", 4, "--dry-run")[1])
@@ -244,3 +246,24 @@ def test_plans_for_context_parallel_runs(
     text = _run(capsys, "inspect", made, *sizes, "--pack", 0, "--context-parallel", 4)[1]
     borders = text.partition("cu_seqlens ")[2].splitlines()[0].split()
     assert len(borders) > 2 and all(int(border) % 8 == 0 for border in borders)
+
+
+def test_plans_that_cut_samples(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = shutil.copytree(dataset.path, tmp_path / "made.gvd", dirs_exist_ok=True)
+    sizes = ["--seq-length", 48, "--tokens-per-image", 8]
+    plan = ["plan", made, *sizes, "--json"]
+    report = json.loads(_run(capsys, *plan, "--algorithm", "concat")[1])
+    assert report["cut"] and report["dropped"] == 0 and report["fill"] > 0.9
+    dropping = json.loads(_run(capsys, *plan)[1])
+    keeping = json.loads(_run(capsys, *plan, "--too-long", "truncate-at-turn")[1])
+    assert dropping["dropped"] > keeping["dropped"]
+    html = tmp_path / "packs.html"
+    inspect = ["inspect", made, *sizes, "--algorithm", "concat", "--random", 9]
+    assert "(stored tokens 0 to " in _run(capsys, *inspect)[1]
+    assert _run(capsys, *inspect, "--html", html)[0] == 0
+    assert "(stored tokens 0 to " in html.read_text()
+    text = _run(capsys, "stats", made, *sizes, "--dp", 2, "--too-long", "truncate-at-turn")[1]
+    assert "concat " in text and "(truncate-at-turn)" in text
+    assert _run(capsys, "verify", made, "--deep")[0] == 0

@@ -12,7 +12,7 @@ from ghostvis_mega.data.looks.pack_text import pack_text
 from ghostvis_mega.data.looks.pack_view import PackViewer
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write
-from tools.preprocess.options import ContextParallel, SegmentAlign
+from tools.preprocess.options import ContextParallel, Packing, SegmentAlign, TooLong, TooLongOption
 from tools.preprocess.plan import alignment
 
 
@@ -26,6 +26,10 @@ def inspect_command(
     key: Annotated[str | None, typer.Option(help="Source key of a sample in the pack.")] = None,
     random: Annotated[int | None, typer.Option(min=1, help="This many packs at random.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the plan and of --random.")] = 0,
+    algorithm: Annotated[Packing, typer.Option(help="As data.pack_algorithm of the run.")] = (
+        Packing.BALANCED
+    ),
+    too_long: TooLongOption = TooLong.DROP,
     segment_align: SegmentAlign = None,
     context_parallel: ContextParallel = 1,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
@@ -44,6 +48,8 @@ def inspect_command(
             tokens_per_image=tokens_per_image,
             seed=seed,
             segment_align=alignment(segment_align, context_parallel),
+            algorithm=algorithm.value,
+            too_long=too_long.value,
         )
         if key is not None:
             numbers = [viewer.pack_of_key(key)]

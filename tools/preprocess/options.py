@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,32 @@ Workers = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images.")]
 Annotations = Annotated[Path | None, typer.Option(help="Second file of rows (vqav2).")]
+
+
+class Packing(StrEnum):
+    """How samples share packed sequences."""
+
+    BALANCED = "balanced"
+    BFD = "bfd"
+    CONCAT = "concat"
+
+
+class TooLong(StrEnum):
+    """What becomes of samples longer than a sequence."""
+
+    DROP = "drop"
+    TRUNCATE = "truncate-at-turn"
+    SPLIT = "split-text"
+
+
+TooLongOption = Annotated[
+    TooLong,
+    typer.Option(
+        "--too-long",
+        help="Samples longer than a sequence: leave out, keep the turns that fit, or cut documents;"
+        " never inside an image.",
+    ),
+]
 SegmentAlign = Annotated[
     int | None, typer.Option(min=1, help="Round each sample of a sequence up to such a multiple.")
 ]

@@ -10,14 +10,22 @@ import typer
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.plan import PackPlan, PlanParams, build_plan, save_plan
 from ghostvis_mega.utils.errors import DataError
-from tools.preprocess.options import ContextParallel, Json, SegmentAlign, print_json
+from tools.preprocess.options import (
+    ContextParallel,
+    Json,
+    SegmentAlign,
+    TooLong,
+    TooLongOption,
+    print_json,
+)
 
 
 class Packing(StrEnum):
-    """Packing algorithms."""
+    """Packing algorithms; `concat` cuts samples where sequences end."""
 
     BALANCED = "balanced"
     BFD = "bfd"
+    CONCAT = "concat"
     NONE = "none"
 
 
@@ -43,6 +51,7 @@ def plan_command(
     group_images: Annotated[bool, typer.Option(help="Keep samples of one picture together.")] = (
         True
     ),
+    too_long: TooLongOption = TooLong.DROP,
     segment_align: SegmentAlign = None,
     context_parallel: ContextParallel = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Pack, but store nothing.")] = False,
@@ -54,6 +63,9 @@ def plan_command(
 
     Example: python -m tools.preprocess plan train.gvd --seq-length 32768 --tokens-per-image 64
     --context-parallel 4
+
+    Example: python -m tools.preprocess plan text.gvd --seq-length 4096 --tokens-per-image 64
+    --algorithm concat
     """
     params = PlanParams(
         algorithm=algorithm.value,
@@ -62,6 +74,7 @@ def plan_command(
         seed=seed,
         group_images=group_images,
         segment_align=alignment(segment_align, context_parallel),
+        too_long=too_long.value,
     )
     with Dataset.open(dataset) as opened:
         started = time.monotonic()
@@ -73,7 +86,8 @@ def plan_command(
         return
     where = "nothing is stored" if directory is None else str(directory)
     print(
-        f"{where}: {len(plan.samples)} samples in {plan.num_packs} sequences, "
+        f"{where}: {len(plan.samples)} {'samples' if plan.pieces is None else 'pieces'} "
+        f"in {plan.num_packs} sequences, "
         f"{100 * plan.fill:.2f} % full, {len(plan.dropped)} too long, {seconds:.2f} s"
     )
 
@@ -82,6 +96,7 @@ def _report(plan: PackPlan, directory: Path | None, seconds: float) -> dict[str,
     return {
         "path": None if directory is None else str(directory),
         "packs": plan.num_packs,
+        "cut": plan.pieces is not None,
         "fill": plan.fill,
         "dropped": len(plan.dropped),
         "segment_align": plan.params.segment_align,

@@ -13,7 +13,7 @@ from ghostvis_mega.data.looks.stats_text import stats_text
 from ghostvis_mega.data.stats import DATA_PARALLEL, MIX, PATCHES_PER_IMAGE, dataset_stats, mix_stats
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write
-from tools.preprocess.options import ContextParallel, SegmentAlign
+from tools.preprocess.options import ContextParallel, SegmentAlign, TooLong, TooLongOption
 from tools.preprocess.plan import alignment
 
 
@@ -41,6 +41,7 @@ def stats_command(
         str(ranks) for ranks in DATA_PARALLEL
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the plan.")] = 0,
+    too_long: TooLongOption = TooLong.DROP,
     segment_align: SegmentAlign = None,
     context_parallel: ContextParallel = 1,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
@@ -70,7 +71,7 @@ def stats_command(
         stats = mix_stats(**options)
     else:
         with Dataset.open(dataset) as opened:
-            stats = dataset_stats(opened, **options)
+            stats = dataset_stats(opened, **options, too_long=too_long.value)
             if html is not None:
                 pictures = dataset_pictures(opened, stats)
     if html is not None:

@@ -141,7 +141,8 @@ def _segment(
     return (
         f'<article class="segment s{place % COLOURS}" id="{anchor}"><header>'
         f"<b>{html.escape(segment.key)}</b>"
-        f"<span>{html.escape(source)}sample {segment.sample} · {where}</span></header>"
+        f"<span>{html.escape(source)}sample {segment.sample}{segment.extent} · "
+        f"{where}</span></header>"
         f'<p class="tokens">{"".join(_part(part, pictures) for part in segment.parts)}</p>'
         f"{answers}</article>"
     )

@@ -26,7 +26,8 @@ def _segment(segment: SegmentView, colour: int | None) -> list[str]:
     ids = f"position ids {segment.first_position} to {segment.last_position}"
     if segment.sample is None:
         return [f"{where}  padding, {ids}"]
-    head = f"{start}{where}  {_printable(segment.key)}{end}  sample {segment.sample}, {ids}"
+    sample = f"sample {segment.sample}{segment.extent}"
+    head = f"{start}{where}  {_printable(segment.key)}{end}  {sample}, {ids}"
     return [head, "         " + _tokens(segment, colour is not None)]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.order import shuffled
+from ghostvis_mega.data.plan import Algorithm, TooLong
 from ghostvis_mega.utils.errors import DataError
 
 _SHUFFLE_KEY = 5
@@ -53,7 +54,17 @@ class SegmentView:
     key: str
     source: str
     answers: tuple[str, ...]
+    piece: tuple[int, int] | None
+    """First stored token and number of tokens, where only a part of the sample is here."""
     parts: tuple[TokenView | ImageView, ...]
+
+    @property
+    def extent(self) -> str:
+        """Which part of the sample this is, for people; empty for all of it."""
+        if self.piece is None:
+            return ""
+        first, count = self.piece
+        return f" (stored tokens {first} to {first + count - 1})"
 
     @property
     def images(self) -> tuple[ImageView, ...]:
@@ -96,6 +107,8 @@ class PackViewer:
         tokens_per_image: int,
         seed: int,
         segment_align: int = 1,
+        algorithm: Algorithm = "balanced",
+        too_long: TooLong = "drop",
     ):
         """Plan the dataset as training would.
 
@@ -116,6 +129,8 @@ class PackViewer:
             tokens_per_image=tokens_per_image,
             seed=seed,
             segment_align=segment_align,
+            algorithm=algorithm,
+            too_long=too_long,
         )
         self._pieces: dict[int, tuple[str, bool]] = {}
         self._specials = set(dataset.manifest.tokenizer.specials.values())
@@ -157,18 +172,10 @@ class PackViewer:
         Raises:
             DataError: there is no such pack, or a stored sample is damaged.
         """
-        from ghostvis_mega.data.batch import SequenceMeta
-
-        plan, dataset = self._source.plan, self._dataset
+        plan = self._source.plan
         if not 0 <= number < plan.num_packs:
             raise DataError(f"pack {number} does not exist: the plan has 0 to {plan.num_packs - 1}")
-        samples = plan.pack(number)
-        meta = SequenceMeta(
-            sample_ids=tuple(samples.tolist()),
-            num_tokens=int(plan.tokens[number]),
-            trained_tokens=int(dataset.sample_index["trained_len"][samples].sum()),
-            image_ids=tuple(dataset.image_ids(samples)[0].tolist()),
-        )
+        meta = self._source.sequence(0, number)
         batch = self._source.micro_batch((meta,))
         assert batch.cu_seqlens is not None, "packed rows have segment borders"
         borders = batch.cu_seqlens.tolist()
@@ -182,7 +189,8 @@ class PackViewer:
             parts = (
                 () if sample is None else self._parts(start, end, tokens, positions, targets, slots)
             )
-            segments.append(self._segment(start, end, positions, sample, tuple(parts)))
+            piece = meta.pieces[place] if sample is not None and meta.pieces else None
+            segments.append(self._segment(start, end, positions, sample, piece, tuple(parts)))
         return PackView(
             number=number,
             seq_length=self._source.seq_length,
@@ -199,15 +207,27 @@ class PackViewer:
         end: int,
         positions: Sequence[int],
         sample: int | None,
+        piece: tuple[int, int] | None,
         parts: tuple[TokenView | ImageView, ...],
     ) -> SegmentView:
         key, answers, source = "", (), ""
         if sample is not None:
             key, answers = self._dataset.sample_key(sample)
-            number = int(self._dataset.sample_index["source"][sample])
+            record = self._dataset.sample_index[sample]
+            number = int(record["source"])
+            piece = None if piece == (0, int(record["tok_len"])) else piece
             source = self._dataset.manifest.sources[number].name
         return SegmentView(
-            start, end, positions[start], positions[end - 1], sample, key, source, answers, parts
+            start=start,
+            end=end,
+            first_position=positions[start],
+            last_position=positions[end - 1],
+            sample=sample,
+            key=key,
+            source=source,
+            answers=answers,
+            piece=piece,
+            parts=parts,
         )
 
     def _parts(

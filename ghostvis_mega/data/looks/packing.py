@@ -1,8 +1,8 @@
-"""Five ways to put the same samples into sequences, and what each costs.
+"""Six ways to put the same samples into sequences, and what each costs.
 
 `none` gives each sample a sequence of its own; `pad-to-longest` takes rows of eight samples as they
 come and pads each to its longest; `next-fit` opens a new sequence when the next sample does not
-fit; `bfd` and `balanced` are what training can use.
+fit; `bfd`, `balanced` and `concat`, which cuts samples, are what training can use.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ import numpy as np
 from ghostvis_mega.data.dataset import Dataset, ranges
 from ghostvis_mega.data.order import shuffled
 from ghostvis_mega.data.packing import Ragged, pack_balanced, pack_bfd
-from ghostvis_mega.data.plan import PlanParams, align_up, load_or_build
+from ghostvis_mega.data.plan import PackPlan, PlanParams, align_up, load_or_build
 
 STRATEGIES = ("none", "pad-to-longest", "next-fit", "bfd", "balanced")
+"""Of lengths alone."""
+PLANNED = ("none", "bfd", "balanced", "concat")
+"""Those that a stored plan of a dataset can have."""
 LONGEST_OF = 8
 _ORDER_KEY = 3
 _SHUFFLE_KEY = 4
@@ -80,17 +83,34 @@ def pack_dataset(
 ) -> Packed:
     """As `pack_samples`, with the plan that training would use where the strategy has one."""
     kept = np.flatnonzero(samples.lengths <= params.seq_length)
-    if strategy in ("bfd", "balanced", "none"):
+    if strategy in PLANNED:
         fields = {**params.__dict__, "algorithm": strategy}
-        plan = load_or_build(dataset, PlanParams(**fields))
-        segments = plan.segments.astype(np.int64)
-        return _measure(samples, plan.samples.astype(np.int64), segments, params.seq_length)
+        return _planned(load_or_build(dataset, PlanParams(**fields)))
     return pack_samples(
         select(samples, kept),
         strategy=strategy,
         seq_length=params.seq_length,
         seed=params.seed,
         segment_align=params.segment_align,
+    )
+
+
+def dataset_strategies(dataset: Dataset, params: PlanParams) -> tuple[str, ...]:
+    """All that the dataset can be packed by; a picture that fills more than one sequence cannot be
+    concatenated."""
+    fits = not dataset.num_images or params.tokens_per_image <= params.seq_length
+    return (*STRATEGIES, "concat") if fits else STRATEGIES
+
+
+def _planned(plan: PackPlan) -> Packed:
+    """Costs that a plan has counted."""
+    return Packed(
+        slots=np.full(plan.num_packs, plan.params.seq_length, dtype=np.int64),
+        tokens=plan.tokens.astype(np.int64),
+        segments=plan.segments.astype(np.int64),
+        images=plan.images.astype(np.int64),
+        distinct=plan.distinct_images.astype(np.int64),
+        sumsq=plan.sumsq.astype(np.float64),
     )
 
 

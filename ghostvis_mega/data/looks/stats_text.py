@@ -12,7 +12,8 @@ def stats_text(stats: dict[str, Any]) -> str:
     lines = [stats["path"], *(_content(stats) if "counts" in stats else [])]
     lines += [
         f"  length    {_spread_text(stats['length'])} (an image is {stats['tokens_per_image']})",
-        f"  too long  {stats['too_long']} for {stats['seq_length']}",
+        f"  too long  {stats['too_long']} for {stats['seq_length']} "
+        f"({stats.get('too_long_policy', 'drop')})",
     ]
     if stats["segment_align"] > 1:
         lines.append(
