@@ -24,6 +24,8 @@ class ResolvedDeepSpeed:
 
     stage: int
     config: Settings
+    offload: bool = False
+    """Whether masters, moments and the update are on the host."""
 
 
 def resolve_deepspeed(
@@ -89,7 +91,7 @@ def try_resolve(
         return None, problems
     check = FileCheck(path=path, given=given, run=run, engine=engine, world_size=world_size)
     config = check.resolve()
-    return ResolvedDeepSpeed(check.stage, config), check.problems
+    return ResolvedDeepSpeed(check.stage, config, check.offload), check.problems
 
 
 def _field(run: RunConfig, engine: Engine) -> str:

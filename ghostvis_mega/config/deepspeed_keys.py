@@ -63,7 +63,7 @@ REFUSED = {
     "compile": _ENGINE,
     "torch_autocast": "the precision is train.precision",
     "autotuning": "it starts runs of its own",
-    "aio": "offload to disk is not supported in this version",
+    "aio": "nothing is offloaded to a disk",
     "weight_quantization": "weights are quantised at export",
     "vocabulary_size": "the vocabulary is model.llm.vocab_size",
     "prescale_gradients": "gradients are scaled once, by the trained tokens of the global batch",
@@ -91,8 +91,36 @@ ZERO_RESOLVED = frozenset(
         "contiguous_gradients",
         "compute_grad_norm",
         "reduce_bucket_size",
+        "offload_optimizer",
     }
 )
+
+OFFLOAD = frozenset(
+    {
+        "device",
+        "pin_memory",
+        "ratio",
+        "nvme_path",
+        "buffer_count",
+        "pipeline_read",
+        "pipeline_write",
+        "fast_init",
+        "super_offload",
+        "cpuadam_cores_perc",
+    }
+)
+"""Keys of `zero_optimization.offload_optimizer`."""
+
+_DISK = "only a disk has use for it, and device is cpu"
+
+OFFLOAD_REFUSED = {
+    "nvme_path": _DISK,
+    "pipeline_read": _DISK,
+    "pipeline_write": _DISK,
+    "fast_init": _DISK,
+    "super_offload": "it brings an optimizer and a clip of its own",
+}
+"""Those that must be off, with the reason."""
 
 ZERO_SIZES = frozenset(
     {
@@ -125,18 +153,18 @@ ZERO_SWITCHES = frozenset(
 )
 """Switches of `zero_optimization` that DeepSpeed gets as they are."""
 
-_OFFLOAD = "offload is not supported in this version"
+_OFFLOAD = "of all states only the optimizer's go to the host (offload_optimizer)"
+_OLD_OFFLOAD = 'DeepSpeed calls it offload_optimizer: {"device": "cpu"} by now'
 _QUANTISED = "quantised or hierarchical communication (ZeRO++) is not supported in this version"
 _UNPROVED = "the one reduction per step has not been proved with it"
 
 ZERO_REFUSED = {
-    "offload_optimizer": _OFFLOAD,
     "offload_param": _OFFLOAD,
-    "cpu_offload": _OFFLOAD,
+    "cpu_offload": _OLD_OFFLOAD,
     "cpu_offload_param": _OFFLOAD,
-    "cpu_offload_use_pin_memory": _OFFLOAD,
-    "zenflow": _OFFLOAD,
-    "save_muon_momentum_buffer_in_memory": _OFFLOAD,
+    "cpu_offload_use_pin_memory": _OLD_OFFLOAD,
+    "zenflow": "it updates with gradients of earlier steps",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
     "zero_hpz_partition_size": _QUANTISED,
     "zero_quantized_weights": _QUANTISED,
     "zero_quantized_nontrainable_weights": _QUANTISED,

@@ -36,6 +36,7 @@ class FileCheck:
         self.path, self.given, self.run, self.engine = path, given, run, engine
         self.world_size = world_size
         self.stage = 0
+        self.offload = False
         self.problems: list[str] = []
         self._not_objects: set[str] = set()
 
@@ -144,7 +145,9 @@ class FileCheck:
                 'optim.lr. Set "auto", or remove the block.',
             )
         self._must_equal(
-            "zero_force_ds_cpu_optimizer", False, "is refused: there is no offload. Remove it."
+            "zero_force_ds_cpu_optimizer",
+            False,
+            "is refused: torch's fused AdamW is the optimizer on the host as well. Remove it.",
         )
         # Clipping happens over both engines together; DeepSpeed knows one of them only.
         return {
@@ -189,19 +192,22 @@ class FileCheck:
             self.refuse("zero_optimization.stage", stage, "is no ZeRO stage. Use 0, 1, 2 or 3.")
             return {}
         self.stage = stage = int(stage)
+        offloaded = self._offload(given)
         self._zero_stage_rules(stage)
         overlap = given.get("overlap_comm", "auto") is True
-        if overlap and stage != 1:
+        if overlap and (stage != 1 or self.offload):
+            where = f"with stage {stage}" if stage != 1 else "with offload_optimizer"
             self.refuse(
                 "zero_optimization.overlap_comm",
                 True,
-                f"is proved with stage 1 only, not with stage {stage}. Set false.",
+                f"is proved with stage 1 without offload only, not {where}. Set false.",
             )
         for key in ("contiguous_gradients", "compute_grad_norm"):
             why = "is refused: the reduction and the joint norm need it. Set true."
             self._must_equal(key, True, why, above="zero_optimization.")
         return {
             "zero_optimization": self._passed_on(given)
+            | offloaded
             | {
                 "stage": stage,
                 # DeepSpeed's default is true for stage 3.
@@ -224,6 +230,35 @@ class FileCheck:
                 self.refuse(f"zero_optimization.{key}", value, 'is no size. Set "auto".')
             passed[key] = value
         return passed
+
+    def _offload(self, given: Settings) -> Settings:
+        """The optimizer's place: on the host where the file says so."""
+        name = "zero_optimization.offload_optimizer"
+        block = given.get("offload_optimizer")
+        if block is None or block == "auto":
+            return {}
+        if not isinstance(block, dict):
+            self.refuse(name, block, 'is not an object. Write {"device": "cpu"}, or remove it.')
+            return {}
+        device = block.get("device", "none")
+        if device == "none":
+            return {}
+        self._check_keys(block, keys.OFFLOAD, keys.OFFLOAD_REFUSED, above=f"{name}.")
+        if device != "cpu":
+            why = "is refused: the optimizer's state is updated and saved from memory. Use cpu."
+            self.refuse(f"{name}.device", device, why)
+        ratio = block.get("ratio", 1)
+        if isinstance(ratio, bool) or ratio != 1:
+            why = "is refused: the optimizer's state is on the host or on the device. Remove it."
+            self.refuse(f"{name}.ratio", ratio, why)
+        pin = block.get("pin_memory", True)
+        if not isinstance(pin, bool):
+            self.refuse(f"{name}.pin_memory", pin, "is neither true nor false.")
+        if self.stage == 0:
+            why = "has nothing to offload with stage 0. Use stage 1, 2 or 3."
+            self.refuse(f"{name}.device", device, why)
+        self.offload = True
+        return {"offload_optimizer": {"device": "cpu", "pin_memory": pin}}
 
     def _zero_stage_rules(self, stage: int) -> None:
         run = self.run
@@ -251,11 +286,11 @@ class FileCheck:
                 "train.precision=fp32.",
             )
         if run.train.precision == "bf16" and stage == 1:
+            why = "silently selects DeepSpeed's BF16_Optimizer, which cannot reduce once a step"
+            if self.offload:
+                why = "takes gradients that only DeepSpeed's own backward fills in"
             self.refuse(
-                name,
-                1,
-                "with train.precision=bf16 and fp32 gradients silently selects DeepSpeed's "
-                "BF16_Optimizer, which cannot reduce once a step. Use stage 2.",
+                name, 1, f"with train.precision=bf16 and fp32 gradients {why}. Use stage 2."
             )
 
     def _bucket(self, value: Any) -> int:

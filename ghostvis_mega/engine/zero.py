@@ -46,17 +46,21 @@ class ZeroEngine:
         device: torch.device,
     ):
         self.holder, self.stage, self.grid, self.groups = holder, settings.stage, grid, groups
+        self.offload = settings.offload
         self.trained = [p for p in holder.parameters() if p.requires_grad]
         for parameter in self.trained:
             if parameter.dtype != torch.float32:
                 # Micro-batches add up in fp32; bf16 sums would lose small gradients.
                 parameter.grad_dtype = torch.float32
         optimizer = build_adamw(
-            parameter_groups(holder.named_parameters(), optim), optim, device=device
+            parameter_groups(holder.named_parameters(), optim),
+            optim,
+            device=device,
+            offload=self.offload,
         )
         config = settings.config
         self.bucket_elements = config["zero_optimization"]["reduce_bucket_size"]
-        if self.stage in (1, 2):
+        if self.stage in (1, 2) and not self.offload:
             # We compute one norm over all engines; DeepSpeed's own would be a second one, over one
             # engine.
             config = config | {
@@ -65,6 +69,9 @@ class ZeroEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=holder, optimizer=optimizer, config=config, mpu=grid
         )
+        if self.stage in (1, 2) and self.offload:
+            # DeepSpeed's settings refuse it beside offload for the sake of Muon alone.
+            self.optimizer.compute_grad_norm = False
         if self.stage == 3:
             # Stage 3 takes the rank in TP x PP where stages 1 and 2 take the tensor rank.
             self.optimizer.model_parallel_rank = grid.get_tensor_model_parallel_rank()
@@ -97,11 +104,7 @@ class ZeroEngine:
         Summed over the world, every element of every distinct parameter counts once: shards of ZeRO
         and tensor parallelism add up, replicated copies count on one rank.
         """
-        norms = [
-            gradient.detach().float().norm()
-            for gradient, parameter in self._owned_gradients()
-            if self._counts(parameter)
-        ]
+        norms = [norm for norm, parameter in self._owned_norms() if self._counts(parameter)]
         if not norms:
             return torch.zeros((), device=self._device)
         return torch.stack(norms).double().square().sum().float()
@@ -109,6 +112,29 @@ class ZeroEngine:
     @property
     def _device(self) -> torch.device:
         return self.trained[0].device
+
+    def _owned_norms(self) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
+        """Norm of each part of a gradient that this rank updates, on the parameters' device."""
+        if not self.offload:
+            for gradient, parameter in self._owned_gradients():
+                yield gradient.detach().float().norm(), parameter
+            return
+        # The gradients are on their way to the host; DeepSpeed took these before they left.
+        norms = self.optimizer.norm_for_param_grads
+        for parameter in self._offloaded():
+            norm = norms[self.optimizer.get_param_id(parameter)]
+            yield norm.to(self._device, torch.float32), parameter
+
+    def _offloaded(self) -> Iterator[nn.Parameter]:
+        """Parameters of which this rank updates some elements on the host."""
+        if self.stage < 3:
+            for group in self.optimizer.params_in_partition:
+                yield from group
+            return
+        rank = self.grid.get_data_parallel_rank()
+        for group in self.optimizer.fp16_groups:
+            # The last ranks have nothing but padding of a small parameter.
+            yield from (p for p in group if p.partition_numel() * rank < p.ds_numel)
 
     def _owned_gradients(self) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
         if self.stage == 0:
@@ -144,6 +170,10 @@ class ZeroEngine:
             return
         # Also takes back stage 3's count of accumulated backward passes.
         self.optimizer.zero_grad(set_to_none=True)
+        if self.offload:
+            # Gradients on the host are overwritten by the next; norms and the verdict on them must
+            # not outlive them.
+            self.optimizer.reset_cpu_buffers()
         if self.stage == 3:
             self.optimizer.averaged_gradients.clear()
             return

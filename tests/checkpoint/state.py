@@ -53,6 +53,8 @@ def differing(one: State, other: State) -> list[str]:
 def buffers_agree(engine: TrainEngine) -> bool:
     """Parameters are views of DeepSpeed's flat buffers, which are the masters rounded."""
     for zero in engine.engines:
+        if zero.stage == 3 and not _zero3_agrees(zero):
+            return False
         if zero.stage not in (1, 2):
             continue
         optimizer, rank = zero.optimizer, dist.get_rank(zero.grid.get_data_parallel_group())
@@ -65,3 +67,10 @@ def buffers_agree(engine: TrainEngine) -> bool:
             if not all(begin <= p.data_ptr() < end for p in optimizer.bit16_groups[index]):
                 return False
     return True
+
+
+def _zero3_agrees(zero: ZeroEngine) -> bool:
+    """The parts that DeepSpeed gathers are the masters rounded."""
+    flats = zero.optimizer.fp16_partitioned_groups_flat
+    masters = zero.optimizer.fp32_partitioned_groups_flat
+    return all(torch.equal(a, b.to(a)) for a, b in zip(flats, masters, strict=True))

@@ -22,6 +22,9 @@ LAYOUTS = [
     "pp2 frozen tower, untied",
     "tp2sp bf16 zero2",
     "dp4 bf16 zero3, vision zero2",
+    "tp2sp pp2 zero1 offloaded",
+    "tp2sp bf16 zero2 offloaded",
+    "dp4 bf16 zero3 offloaded, vision zero2",
 ]
 
 
@@ -50,7 +53,7 @@ def test_a_resumed_run_is_the_same_run(results: dict[str, Any], layout: str):
         assert resumed == uninterrupted
 
 
-@pytest.mark.parametrize("layout", ["dp4 zero1", "tp2sp bf16 zero2"])
+@pytest.mark.parametrize("layout", ["dp4 zero1", "tp2sp bf16 zero2 offloaded"])
 def test_forgetting_any_part_of_the_optimizer_is_noticed(results: dict[str, Any], layout: str):
     noticed = dict(results[layout][0]["controls"])
     assert noticed.pop("nothing") is False
@@ -85,3 +88,24 @@ def test_weights_alone_go_to_any_layout_and_back(results: dict[str, Any]):
     assert not moved["moments"]
     cut, whole = moved["losses"]
     assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_optimizer_states_leave_the_host_and_come_to_it(results: dict[str, Any]):
+    moved = results["host and back"]
+    assert set(moved) == {"tp2sp pp2 zero1 offloaded", "dp4 zero3 offloaded, vision zero2"}
+    for ranks in moved.values():
+        assert ranks == [[[], True, True]] * 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "bar"),
+    [("tp2sp pp2 zero1", 1e-6), ("tp2sp bf16 zero2", 1e-4), ("dp4 bf16 zero3", 1e-4)],
+)
+def test_an_offloaded_run_is_the_same_run(results: dict[str, Any], layout: str, bar: float):
+    rest = ", vision zero2" if "zero3" in layout else ""
+    here, host = (results[f"{layout}{kind}{rest}"][0]["losses"][0] for kind in ("", " offloaded"))
+    for pair in zip(here, host, strict=True):
+        for mine, other in zip(*pair, strict=True):
+            assert other == pytest.approx(mine, rel=bar)
+    # The steps differ from each other by more than that.
+    assert here[0][0] != pytest.approx(here[1][0], rel=bar)

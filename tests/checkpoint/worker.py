@@ -1,13 +1,12 @@
 """One rank of the resume launch, in which every layout saves and resumes."""
 
-import json
 import logging
 import os
 import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +39,14 @@ class Layout:
     stage: int
     """Of ZeRO; the vision engine has 2 where the LLM has 3."""
     sections: dict[str, Any] = field(default_factory=dict)
+    offload: tuple[str, ...] = ()
+    """Engines whose optimizer is on the host."""
 
     def run(self, folder: Path) -> RunConfig:
         """Settings; `folder` takes the DeepSpeed files."""
-        sections = self.sections
-        if self.stage == 3:
-            # By default DeepSpeed would keep all of these small parameters whole on every rank.
-            zero = {"stage": 3, "stage3_param_persistence_threshold": 1000}
-            path = folder / "zero3.json"
-            path.write_text(json.dumps({"zero_optimization": zero}))
-            sections = problem.merge({"deepspeed": {"llm": str(path)}}, sections)
-        return problem.make_run(folder, stage=self.stage, **sections)
+        return problem.make_run(
+            folder, stage=self.stage, offload=self.offload, **self.sections
+        )
 
     @property
     def folder(self) -> str:
@@ -62,6 +58,7 @@ TP2_PP2 = {"parallel": {"tensor": 2, "pipeline": 2}}
 FEW = {"data": {"packing": False}, "batch": {"micro_size": 2}}
 """Fewer micro-batches, where each costs much: ZeRO-3 gathers, bf16 is slow on CPUs."""
 BF16 = problem.merge(FEW, {"train": {"precision": "bf16"}})
+TP2_BF16 = problem.merge({"parallel": {"tensor": 2}}, BF16)
 PERCEIVER = {"model": {"connector": {"kind": "perceiver_mlp"}}}
 UNTIED = {"model": {"llm": {"tied_embeddings": False}}}
 LAYOUTS = [
@@ -88,9 +85,16 @@ LAYOUTS = [
             {"parallel": {"pipeline": 2}, "train": {"freeze": ["vision"]}}, UNTIED
         ),
     ),
-    Layout("tp2sp bf16 zero2", 2, sections=problem.merge({"parallel": {"tensor": 2}}, BF16)),
+    Layout("tp2sp bf16 zero2", 2, TP2_BF16),
     Layout("dp4 bf16 zero3, vision zero2", 3, BF16),
+    Layout("tp2sp pp2 zero1 offloaded", 1, TP2_PP2, offload=("llm", "vision")),
+    Layout("tp2sp bf16 zero2 offloaded", 2, TP2_BF16, offload=("llm", "vision")),
+    Layout("dp4 bf16 zero3 offloaded, vision zero2", 3, BF16, offload=("llm",)),
 ]
+
+
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+ZERO3_OFFLOADED = Layout("dp4 zero3 offloaded, vision zero2", 3, FEW, offload=("llm", "vision"))
 
 
 class Ranks:
@@ -188,7 +192,7 @@ def resume(ranks: Ranks, layout: Layout) -> None:
     destroy_groups()
 
 
-CONTROLS = {"dp4 zero1": ("exp_avg", "exp_avg_sq"), "tp2sp bf16 zero2": ("master",)}
+CONTROLS = {"dp4 zero1": ("exp_avg", "exp_avg_sq"), "tp2sp bf16 zero2 offloaded": ("master",)}
 """What a broken resume forgets, by layout."""
 
 
@@ -260,11 +264,12 @@ def damage(ranks: Ranks) -> None:
 def weights_alone(ranks: Ranks) -> None:
     """dp4 -> tp2 x pp2 -> dp4: the same weights, the same loss, fresh moments."""
     there = LAYOUTS[0].run(ranks.own)
-    cut = LAYOUTS[1].run(ranks.own)
+    cut = replace(LAYOUTS[1], offload=("llm", "vision")).run(ranks.own)
     source = CheckpointStore(ranks.folder / "dp4_zero1", keep=1).find("auto")
     groups = build_groups(ranks.degrees(cut), seed=1)
     engine = ranks.engine(cut, groups)
     taken = load_weights(source, engine)
+    agree_on_host = buffers_agree(engine)
     path = CheckpointStore(ranks.folder / "cut", keep=1).save(engine, step=0, extra={})
     ((cut_loss, _),) = ranks.steps(engine, BEFORE, 1)
     destroy_groups()
@@ -284,11 +289,34 @@ def weights_alone(ranks: Ranks) -> None:
         "taken": [taken, only],
         "partial": partial,
         "moments": any(bool(t.any()) for t in moments),
-        "buffers_agree": all(ranks.everywhere(agree)),
+        "buffers_agree": all(ranks.everywhere(agree and agree_on_host)),
         "differing": ranks.everywhere(differing(mine, weights_of(engine))),
         "losses": [cut_loss, ranks.steps(engine, BEFORE, 1)[0][0]],
     }
     destroy_groups()
+
+
+def host_and_back(ranks: Ranks) -> None:
+    """Optimizer states saved from the host are those a run without offload resumes with, and weights
+    alone become masters on the host."""
+    results: dict[str, Any] = {}
+    for offloaded, other, saved in (
+        (BY_NAME["tp2sp pp2 zero1 offloaded"], BY_NAME["tp2sp pp2 zero1"], 0),
+        (ZERO3_OFFLOADED, BY_NAME["dp4 zero3, vision zero2"], 1),
+    ):
+        folder = ranks.folder / (offloaded, other)[saved].folder
+        source = CheckpointStore(folder, keep=1).find("auto")
+        states, agree = [], []
+        for layout in (offloaded, other):
+            groups = build_groups(ranks.degrees(layout.run(ranks.own)), seed=1)
+            engine = ranks.engine(layout.run(ranks.own), groups)
+            load_weights(source, engine)
+            agree.append(buffers_agree(engine))
+            CheckpointStore(ranks.folder / "unused", keep=1).load(source, engine)
+            states.append(raw_state(engine))
+            destroy_groups()
+        results[offloaded.name] = ranks.everywhere([differing(*states), *agree])
+    ranks.results["host and back"] = results
 
 
 def weights_of(engine: TrainEngine) -> State:
@@ -312,6 +340,7 @@ def main() -> None:
             print(layout.name, ranks.results[layout.name][0], flush=True)
     damage(ranks)
     weights_alone(ranks)
+    host_and_back(ranks)
     if rank == 0:
         write_result(ranks.results)
     dist.barrier()
