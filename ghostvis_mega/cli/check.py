@@ -67,12 +67,11 @@ def check(
 def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
     """What the run resolves to, as plain values."""
     degrees = Degrees.of(run, world_size=world_size)
-    stages: dict[str, int] = {
-        engine: deepspeed.resolve_deepspeed(
-            path, run=run, engine=engine, world_size=world_size
-        ).stage
+    engines = {
+        engine: deepspeed.resolve_deepspeed(path, run=run, engine=engine, world_size=world_size)
         for engine, path in deepspeed.engine_files(run).items()
     }
+    stages: dict[str, int] = {engine: resolved.stage for engine, resolved in engines.items()}
     return {
         "layout": {
             "world_size": world_size,
@@ -96,10 +95,25 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
         "learning_rates": {name: getattr(run.optim.lr, name) for name in run.trained_modules},
         "tokens_per_image": run.model.tokens_per_image,
         "zero_stages": stages,
+        "host_bytes": {
+            engine: _host_bytes(run, engine=engine, stage=resolved.stage, world_size=world_size)
+            for engine, resolved in engines.items()
+            if resolved.offload
+        },
         "precision": run.train.precision,
         "steps": run.train.steps,
         "notes": rules.find_notes(run, world_size=world_size, stages=stages),
     }
+
+
+def _host_bytes(run: RunConfig, *, engine: str, stage: int, world_size: int) -> int:
+    """About what an offloaded optimizer takes of one process's host memory."""
+    counts = parameter_counts(run.model)
+    own = [name for name in run.trained_modules if (name == "llm") == (engine == "llm")]
+    # Master, two moments and gradient; then what DeepSpeed stages: weights on their way to the
+    # device, or with stage 3 gradients on their way from it.
+    staged = 2 if stage < 3 and run.train.precision == "bf16" else 4
+    return -(-sum(counts[name] for name in own) * (16 + staged) // world_size)
 
 
 def _show(run: RunConfig, plan: dict[str, Any]) -> None:
@@ -119,7 +133,9 @@ def _show(run: RunConfig, plan: dict[str, Any]) -> None:
     micro = f"{batch['micro_batches']} micro-batches of {batch['micro_size']}"
     table.add_row("  each replica", micro)
     for engine, stage in plan["zero_stages"].items():
-        table.add_row(f"ZeRO, {engine} engine", f"stage {stage}")
+        host = plan["host_bytes"].get(engine)
+        place = f", optimizer on the host: {host / 2**30:,.2f} GiB a process" if host else ""
+        table.add_row(f"ZeRO, {engine} engine", f"stage {stage}{place}")
     table.add_row("precision", plan["precision"])
     table.add_row("steps", f"{plan['steps']:,}")
     table.add_row("output", str(run.log.output))

@@ -119,6 +119,7 @@ OFFLOAD_REFUSED = {
     "pipeline_write": _DISK,
     "fast_init": _DISK,
     "super_offload": "it brings an optimizer and a clip of its own",
+    "cpuadam_cores_perc": "only super_offload has use for it",
 }
 """Those that must be off, with the reason."""
 

@@ -1,7 +1,9 @@
 """Parameter groups, AdamW and the learning-rate schedule."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +69,29 @@ def build_adamw(
     """
     fused = offload or device.type == "cuda"
     return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+@contextlib.contextmanager
+def host_threads(device: torch.device) -> Iterator[int]:
+    """An update on the host beside a GPU takes this process's share of the cores; launchers give a
+    process one thread.
+
+    Args:
+        device: Of the parameters; on a CPU nothing changes.
+
+    Yields:
+        Number of threads.
+    """
+    before = torch.get_num_threads()
+    share = before
+    if device.type == "cuda":
+        # One process drives one GPU of this machine.
+        share = max(before, len(os.sched_getaffinity(0)) // torch.cuda.device_count())
+    torch.set_num_threads(share)
+    try:
+        yield share
+    finally:
+        torch.set_num_threads(before)
 
 
 def lr_factor(step: int, *, optim: OptimConfig, total_steps: int) -> float:

@@ -19,7 +19,7 @@ from ghostvis_mega.config.schema import OptimConfig
 from ghostvis_mega.engine.finish import average_gradients, fill_missing_gradients
 from ghostvis_mega.engine.holder import Holder
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
-from ghostvis_mega.engine.optimizer import build_adamw, parameter_groups
+from ghostvis_mega.engine.optimizer import build_adamw, host_threads, parameter_groups
 from ghostvis_mega.parallel.groups import Groups
 
 
@@ -113,6 +113,14 @@ class ZeroEngine:
     def _device(self) -> torch.device:
         return self.trained[0].device
 
+    @property
+    def on_host(self) -> bool:
+        """Whether DeepSpeed keeps masters, moments and the update on the host, by its own word."""
+        if self.stage == 0:
+            return False
+        optimizer = self.optimizer
+        return optimizer.offload_optimizer if self.stage == 3 else optimizer.cpu_offload
+
     def _owned_norms(self) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
         """Norm of each part of a gradient that this rank updates, on the parameters' device."""
         if not self.offload:
@@ -161,7 +169,8 @@ class ZeroEngine:
         else:
             # DeepSpeed divides gradients by its loss scale on the way into the optimizer.
             self.optimizer.override_loss_scale(1.0 / scale)
-        self.engine.step()
+        with host_threads(self._device) if self.on_host else contextlib.nullcontext():
+            self.engine.step()
 
     def discard(self) -> None:
         """Drop the gradients of a skipped step; weights and optimizer state stay as they are."""

@@ -44,9 +44,7 @@ class Layout:
 
     def run(self, folder: Path) -> RunConfig:
         """Settings; `folder` takes the DeepSpeed files."""
-        return problem.make_run(
-            folder, stage=self.stage, offload=self.offload, **self.sections
-        )
+        return problem.make_run(folder, stage=self.stage, offload=self.offload, **self.sections)
 
     @property
     def folder(self) -> str:
@@ -297,8 +295,8 @@ def weights_alone(ranks: Ranks) -> None:
 
 
 def host_and_back(ranks: Ranks) -> None:
-    """Optimizer states saved from the host are those a run without offload resumes with, and weights
-    alone become masters on the host."""
+    """Optimizer states go from the host to runs without offload and back; weights alone become
+    masters there."""
     results: dict[str, Any] = {}
     for offloaded, other, saved in (
         (BY_NAME["tp2sp pp2 zero1 offloaded"], BY_NAME["tp2sp pp2 zero1"], 0),

@@ -133,3 +133,14 @@ def test_a_right_run_passes(run_file):
     check_run(run, world_size=2, device="cpu")
     with pytest.raises(ConfigError, match="16 is no multiple of 3"):
         check_run(run, world_size=3, device="cpu")
+
+
+def test_an_offloaded_optimizer_is_shown_with_the_memory_it_takes(run_file):
+    arguments = (run_file, "deepspeed.llm=ds_configs/zero2_offload.json", "--world-size", "4")
+    done, _ = run_check(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stage 2, optimizer on the host: ") == 2
+    plan = json.loads(run_check(*arguments, "train.precision=bf16", "--json")[0].stdout)
+    trained = sum(count for name, count in plan["parameters"].items() if name != "llm")
+    assert plan["host_bytes"]["vision"] == -(-trained * 18 // 4)
+    assert json.loads(run_check(run_file, "--json")[0].stdout)["host_bytes"] == {}

@@ -94,6 +94,20 @@ def test_what_the_run_says_may_be_repeated_and_what_is_off_may_stay(resolve):
     assert "optimizer" not in resolved.config, "ours is handed over as an object"
 
 
+@pytest.mark.parametrize("pin", [{}, {"pin_memory": True}, {"pin_memory": False}])
+def test_the_optimizer_goes_to_the_host(resolve, pin):
+    block = {"device": "cpu", "buffer_count": 4, "fast_init": False, "ratio": 1.0, **pin}
+    resolved = resolve({"zero_optimization": {"stage": 2, "offload_optimizer": block}})
+    assert resolved.offload
+    assert resolved.config["zero_optimization"]["offload_optimizer"] == {
+        "device": "cpu",
+        "pin_memory": pin.get("pin_memory", True),
+    }
+    stays = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}
+    assert not resolve(stays).offload
+    assert "offload_optimizer" not in resolve(stays).config["zero_optimization"]
+
+
 WRONG = {
     "unknown key": ({"zero_optimisation": {}}, [], "zero_optimisation", "mean zero_optimization?"),
     "unknown zero key": (
@@ -161,11 +175,87 @@ WRONG = {
         "zero_optimization.overlap_comm=true",
         "Set false",
     ),
-    "offload": (
-        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+    "offload of the parameters": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
         [],
-        "zero_optimization.offload_optimizer",
-        "not supported in this version",
+        "zero_optimization.offload_param",
+        "only the optimizer's go to the host",
+    ),
+    "offload as it was called": (
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        [],
+        "zero_optimization.cpu_offload=true",
+        'offload_optimizer: {"device": "cpu"}',
+    ),
+    "offload to a disk": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        [],
+        'zero_optimization.offload_optimizer.device="nvme"',
+        "Use cpu",
+    ),
+    "offload that is no object": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": True}},
+        [],
+        "zero_optimization.offload_optimizer=true",
+        'Write {"device": "cpu"}',
+    ),
+    "offload with a typo": (
+        {
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "cpu", "pin_memry": True},
+            }
+        },
+        [],
+        "zero_optimization.offload_optimizer.pin_memry ",
+        "mean zero_optimization.offload_optimizer.pin_memory?",
+    ),
+    "offload of a part": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        [],
+        "zero_optimization.offload_optimizer.ratio=0.5",
+        "Remove it",
+    ),
+    "offload pinned perhaps": (
+        {
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "cpu", "pin_memory": 1},
+            }
+        },
+        [],
+        "zero_optimization.offload_optimizer.pin_memory=1",
+        "neither true nor false",
+    ),
+    "offload of nothing": (
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        [],
+        'zero_optimization.offload_optimizer.device="cpu"',
+        "Use stage 1, 2 or 3",
+    ),
+    "offload while reducing": (
+        {
+            "zero_optimization": {
+                "stage": 1,
+                "overlap_comm": True,
+                "offload_optimizer": {"device": "cpu"},
+            }
+        },
+        [],
+        "zero_optimization.overlap_comm=true",
+        "not with offload_optimizer. Set false",
+    ),
+    "offload of stage 1 in bf16": (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        ["train.precision=bf16"],
+        "zero_optimization.stage=1",
+        "only DeepSpeed's own backward fills in. Use stage 2",
+    ),
+    "DeepSpeed's optimizer on the host": (
+        {"zero_force_ds_cpu_optimizer": True},
+        [],
+        "zero_force_ds_cpu_optimizer=true",
+        "torch's fused AdamW",
     ),
     "zero++": (
         {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
@@ -292,6 +382,7 @@ SHIPPED = {
     "zero1.json": "fp32",
     "zero2.json": "fp32",
     "zero2_bf16.json": "bf16",
+    "zero2_offload.json": "bf16",
     "zero3.json": "bf16",
 }
 

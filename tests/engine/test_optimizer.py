@@ -1,13 +1,20 @@
 """Learning-rate schedule and parameter groups."""
 
 import math
+import os
 
 import pytest
 import torch
 from torch import nn
 
 from ghostvis_mega.config.schema import LearningRates, ModelConfig, OptimConfig
-from ghostvis_mega.engine.optimizer import build_adamw, lr_factor, module_of, parameter_groups
+from ghostvis_mega.engine.optimizer import (
+    build_adamw,
+    host_threads,
+    lr_factor,
+    module_of,
+    parameter_groups,
+)
 from ghostvis_mega.model.vision import VisionEncoder
 
 
@@ -149,3 +156,31 @@ def test_adamw_has_the_settings_and_moves_each_module_by_its_rate() -> None:
     for name, rate in (("embedding.weight", 1e-3), ("projector.linear_1.weight", 4e-3)):
         expected = torch.full((2, 2), 1.0 - rate)
         torch.testing.assert_close(named[name].detach(), expected, rtol=0.0, atol=1e-7)
+
+
+def test_an_offloaded_update_takes_this_process_share_of_the_cores(monkeypatch):
+    before = torch.get_num_threads()
+    with host_threads(torch.device("cpu")) as threads:
+        assert threads == torch.get_num_threads() == before
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12 * before))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(KeyError), host_threads(torch.device("cuda")) as threads:
+        assert threads == torch.get_num_threads() == 3 * before
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_an_offloaded_update_is_the_fused_one_and_computes_the_same():
+    optim = OptimConfig()
+    weights = []
+    for offload in (False, True):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 1001))
+        groups = parameter_groups([("decoder.weight", parameter)], optim)
+        adamw = build_adamw(groups, optim, device=torch.device("cpu"), offload=offload)
+        assert adamw.defaults["fused"] is offload
+        for step in range(3):
+            parameter.grad = torch.linspace(step - 1, 1, 1001) ** 3
+            adamw.step()
+        weights.append(parameter.detach())
+    assert torch.allclose(*weights, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(weights[0], torch.linspace(-1, 1, 1001), rtol=1e-6, atol=1e-7)

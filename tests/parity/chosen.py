@@ -1,9 +1,9 @@
 """What the quick tests take of the certificate's layouts, and those on which steps are skipped."""
 
-from ghostvis_mega.perf.certify.cpu_layouts import LAYOUTS, TP, VPP
+from ghostvis_mega.perf.certify.cpu_layouts import HOST, LAYOUTS, TP, VPP
 from ghostvis_mega.perf.certify.layout import Layout
 
-__all__ = ["LAYOUTS", "SKIPS"]
+__all__ = ["KEPT", "LAYOUTS", "SKIPS"]
 
 SKIPS = [
     Layout(name="DP4, ZeRO-3", stage=3),
@@ -11,5 +11,10 @@ SKIPS = [
     Layout(name="TP2(SP) x DP2, ZeRO-1", stage=1, split=TP),
     Layout(name="TP2(SP) x DP2, ZeRO-2", stage=2, split=TP),
     Layout(name="PP2 interleaved x DP2, ZeRO-2", stage=2, split=VPP),
+    Layout(name="TP2(SP) x DP2, ZeRO-1, offloaded", offload=HOST, split=TP),
+    Layout(name="DP4, ZeRO-3, offloaded", stage=3, offload=HOST),
 ]
 """Layouts on which a step with a NaN on one rank is skipped."""
+
+KEPT = ["TP2(SP) x DP2, ZeRO-1, offloaded"]
+"""Those on which traces of a skipped step are kept on purpose."""

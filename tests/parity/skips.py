@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.engine.zero import ZeroEngine
 from ghostvis_mega.perf.certify.lab import Lab, weight_errors
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.perf.certify.problem import STEPS
@@ -113,6 +114,16 @@ def measure_skips(lab: Lab, layout: Layout) -> dict[str, Any]:
             abs(r.grad_norm - t) / t for r, t in zip(results, truth.norms, strict=True)
         ),
     }
+
+
+def measure_kept_gradients(lab: Lab, layout: Layout) -> dict[str, Any]:
+    """As `measure_skips`, but DeepSpeed is not told that a skipped step is over."""
+
+    def clear_alone(zero: ZeroEngine) -> None:
+        zero.optimizer.zero_grad(set_to_none=True)
+
+    with mock.patch.object(ZeroEngine, "discard", clear_alone):
+        return measure_skips(lab, layout)
 
 
 def _everywhere(fact: bool) -> bool:

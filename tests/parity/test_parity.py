@@ -13,7 +13,7 @@ from ghostvis_mega.perf.certify.faults import FAULTS, Fault
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.perf.certify.report import GRADIENT_BAR, LOSS_BAR, NORM_BAR, WEIGHT_BAR
 from tests.launch import launch
-from tests.parity.chosen import LAYOUTS, SKIPS
+from tests.parity.chosen import KEPT, LAYOUTS, SKIPS
 
 FAR = 1e-2
 """What a broken layout's gradients must exceed: a thousand times the bar."""
@@ -46,6 +46,14 @@ def test_layout_equals_plain_process(measured: dict[str, Any], layout: Layout) -
     assert row["weight_error"] <= WEIGHT_BAR, row["weight_name"]
     assert row["loss_error"] <= LOSS_BAR
     assert row["norm_error"] <= NORM_BAR
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_optimizer_is_where_the_layout_says(measured: dict[str, Any], layout: Layout) -> None:
+    modules = expected_modules(layout)
+    engines = ({"llm"} & modules) | ({"vision"} if modules - {"llm"} else set())
+    offloaded = measured["layouts"][layout.name]["offloaded"]
+    assert offloaded == {engine: engine in layout.offload for engine in engines}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -96,3 +104,9 @@ def test_steps_after_a_skip_equal_a_run_without_it(
     assert row["loss_error"] <= LOSS_BAR
     assert row["norm_error"] <= NORM_BAR
     assert row["weight_error"] <= WEIGHT_BAR
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_traces_of_a_skipped_step_would_show(measured: dict[str, Any], name: str) -> None:
+    row = measured["kept"][name]
+    assert row["good_skipped"] or row["weight_error"] > 10 * WEIGHT_BAR

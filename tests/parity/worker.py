@@ -14,8 +14,8 @@ from ghostvis_mega.perf.certify.breaking import measure_broken
 from ghostvis_mega.perf.certify.faults import FAULTS
 from ghostvis_mega.perf.certify.lab import Lab
 from tests.launch import write_result
-from tests.parity.chosen import LAYOUTS, SKIPS
-from tests.parity.skips import measure_skips
+from tests.parity.chosen import KEPT, LAYOUTS, SKIPS
+from tests.parity.skips import measure_kept_gradients, measure_skips
 
 
 def main() -> None:
@@ -30,13 +30,16 @@ def main() -> None:
     )
     lab = Lab(Path(os.environ["LAUNCH_FOLDER"]))
     lab.solve_all(map(lab.case, [*layouts, *skips, *(fault.layout for fault in faults)]))
-    rows: dict[str, dict[str, Any]] = {"layouts": {}, "skips": {}, "faults": {}}
+    rows: dict[str, dict[str, Any]] = {"layouts": {}, "skips": {}, "kept": {}, "faults": {}}
     for layout in layouts:
         rows["layouts"][layout.name] = lab.measure(lab.case(layout))
         _tell(layout.name, rows["layouts"][layout.name])
     for layout in skips:
         rows["skips"][layout.name] = measure_skips(lab, layout)
         _tell(f"skip: {layout.name}", rows["skips"][layout.name])
+        if layout.name in KEPT:
+            rows["kept"][layout.name] = measure_kept_gradients(lab, layout)
+            _tell(f"kept: {layout.name}", rows["kept"][layout.name])
     for fault in faults:
         rows["faults"][fault.name] = measure_broken(lab, fault)
         _tell(f"fault: {fault.name}", rows["faults"][fault.name])

@@ -95,6 +95,13 @@ def _norm_of_llm_alone(lab: Lab, fault: Fault) -> Row:
     return lab.measure(lab.case(fault.layout), prepare=prepare)
 
 
+def _norm_of_vision_alone(lab: Lab, fault: Fault) -> Row:
+    def prepare(engine: TrainEngine) -> None:
+        engine.parts.llm_engine.square_sum = lambda: torch.zeros(())
+
+    return lab.measure(lab.case(fault.layout), prepare=prepare)
+
+
 BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "no sum over the sequence": _patched(
         engine_step, "sum_sequence_parallel_gradients", lambda *_: None
@@ -106,5 +113,6 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "gate and up exchanged in the reference": _wrong_reference,
     "segment boundary one token late": _late_boundary,
     "norm without the vision engine": _norm_of_llm_alone,
+    "norm without the offloaded engine": _norm_of_vision_alone,
     "batched exchange between two interleaved stages": _batched_exchange,
 }

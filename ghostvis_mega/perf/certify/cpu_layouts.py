@@ -31,6 +31,7 @@ PLAIN_MLP: Sections = {
         "connector": {"kind": "mlp", "tokens_per_image": None},
     }
 }
+HOST = ("llm", "vision")
 NO_CLIP: Sections = {"optim": {"clip_norm": 0.0}}
 
 # Neighbours share their degrees where they can: the worker then keeps the process groups.
@@ -91,4 +92,30 @@ LAYOUTS = [
         problem=PERCEIVER,
         split=TPPP | {"tower": {"backward": "keep", "images_per_forward": 1}},
     ),
+    Layout(name="DP4, ZeRO-1, offloaded", offload=HOST),
+    Layout(name="DP4, ZeRO-2, vision ZeRO-1 offloaded", stage=2, vision_stage=1, offload=HOST[1:]),
+    Layout(
+        name="DP4, ZeRO-3 offloaded, full recompute",
+        stage=3,
+        offload=HOST[:1],
+        split={"train": {"recompute": "full"}},
+    ),
+    Layout(name="TP2(SP) x DP2, ZeRO-2, offloaded", stage=2, offload=HOST, split=TP),
+    Layout(name="TP2(SP) x DP2, ZeRO-3, offloaded", stage=3, offload=HOST, split=TP),
+    Layout(name="TP2(SP) x PP2, ZeRO-1, LLM offloaded", offload=HOST[:1], split=TPPP),
+    Layout(
+        name="PP2 interleaved x DP2, ZeRO-2 offloaded, vision ZeRO-0",
+        stage=2,
+        vision_stage=0,
+        offload=HOST[:1],
+        split=VPP,
+    ),
+    Layout(
+        name="PP2 x DP2, ZeRO-2, one picture, offloaded",
+        stage=2,
+        kind="one",
+        offload=HOST,
+        split=PP,
+    ),
+    Layout(name="PP2 x DP2, frozen LLM, offloaded", problem=ALIGN, offload=HOST, split=PP),
 ]

@@ -67,6 +67,12 @@ FAULTS = [
         spared=r".",
     ),
     Fault(
+        name="norm without the offloaded engine",
+        layout=Layout(name="TP2(SP) x DP2, LLM offloaded", offload=("llm",), split=TP),
+        hit=r"$^",
+        spared=r".",
+    ),
+    Fault(
         name="batched exchange between two interleaved stages",
         layout=Layout(name="PP2 interleaved x DP2", split=VPP),
         hit=r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$",

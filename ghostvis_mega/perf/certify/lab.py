@@ -247,5 +247,9 @@ def compare(
         ),
         "losses": [r.loss for r in results],
         "truth_norms": truth.gradient_norms(),
+        "offloaded": {
+            "llm" if zero is engine.parts.llm_engine else "vision": zero.on_host
+            for zero in engine.engines
+        },
         "gradients": gradients,
     }

@@ -23,6 +23,8 @@ class Layout:
     """DeepSpeed's `overlap_comm`."""
     vision_stage: int | None = None
     """The vision engine's own ZeRO stage; None: the LLM's, but never 3."""
+    offload: tuple[str, ...] = ()
+    """Engines (llm, vision) whose optimizer is on the host."""
     kind: str = "mixed"
     """Pictures of the batch; see `problem.SHOWN`."""
     align: int = 1

@@ -1,6 +1,7 @@
 """A small training problem that all layouts solve: settings, rows with pictures, pictures."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,6 +105,7 @@ def run_of(layout: Layout, folder: Path) -> RunConfig:
         stage=layout.stage,
         overlap=layout.overlap,
         vision_stage=layout.vision_stage,
+        offload=layout.offload,
         **merge(layout.problem, layout.split),
     )
 
@@ -114,6 +116,7 @@ def make_run(
     stage: int = 1,
     overlap: bool = False,
     vision_stage: int | None = None,
+    offload: Collection[str] = (),
     **sections: Any,
 ) -> RunConfig:
     """Settings of one run.
@@ -123,13 +126,16 @@ def make_run(
         stage: ZeRO stage of both engines; the vision engine stays at 2 where the LLM has 3.
         overlap: DeepSpeed's `overlap_comm`.
         vision_stage: Of the vision engine, where it has a file of its own.
+        offload: Engines whose optimizer is on the host.
         sections: Keys of the settings' sections that differ from the base.
     """
-    files = {"llm": _deepspeed_file(folder, stage, overlap)}
-    if stage == 3 and vision_stage is None:
-        vision_stage = 2
-    if vision_stage is not None:
-        files["vision"] = _deepspeed_file(folder, vision_stage, overlap)
+    stages = {"llm": stage, "vision": min(stage, 2) if vision_stage is None else vision_stage}
+    files = {
+        engine: _deepspeed_file(folder, own, overlap, offload=engine in offload)
+        for engine, own in stages.items()
+    }
+    if files["vision"] == files["llm"]:
+        del files["vision"]
     base = {
         "model": MODEL,
         "data": {"train": "unused", "seq_length": LENGTH},
@@ -148,12 +154,15 @@ def make_run(
     return RunConfig.model_validate(merge(base, sections))
 
 
-def _deepspeed_file(folder: Path, stage: int, overlap: bool) -> str:
+def _deepspeed_file(folder: Path, stage: int, overlap: bool, *, offload: bool) -> str:
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:
         # By default DeepSpeed would keep all of these small parameters whole on every rank.
         zero["stage3_param_persistence_threshold"] = 1000
-    path = folder / f"zero{stage}{'_overlap' if overlap else ''}.json"
+    kinds = ("_overlap" if overlap else "") + ("_offload" if offload else "")
+    path = folder / f"zero{stage}{kinds}.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     return str(path)
 
