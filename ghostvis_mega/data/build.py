@@ -20,6 +20,7 @@ from ghostvis_mega.data.ingest import Progress, store_rows
 from ghostvis_mega.data.leftovers import BUILD_MARK, clear_leftovers, hold
 from ghostvis_mega.data.manifest import MANIFEST_FILE, PLANS_DIRECTORY, Manifest, read_manifest
 from ghostvis_mega.data.plan import PLAN_FILE, build_plan, save_plan
+from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import open_source, source_text
 from ghostvis_mega.data.recipe import Recipe
 from ghostvis_mega.data.template import ROLES, load_tokenizer
@@ -51,11 +52,13 @@ def build(
     workers: int = 1,
     force: bool = False,
     progress: Progress | None = None,
+    meters: Meters | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Built:
     """Build what is not there yet.
 
     Args:
+        meters: tells how much of the sources has been read.
         force: replace a dataset that no build made; build again what is up to date.
         checkpoint_seconds: at most so much work is lost when the process is killed.
 
@@ -77,7 +80,7 @@ def build(
         published = ready is not None and not (work / "data").exists()
         check_target(out, force=force or ours or published)
         if ready is None:
-            ready = _prepare(recipe, work, key, workers, progress, checkpoint_seconds)
+            ready = _prepare(recipe, work, key, workers, progress, meters, checkpoint_seconds)
             atomic_write_json(work / _STAMP, ready)
         if (work / "data").exists():
             publish(work / "data", out)
@@ -104,6 +107,7 @@ def _prepare(
     key: str,
     workers: int,
     progress: Progress | None,
+    meters: Meters | None,
     checkpoint_seconds: float,
 ) -> dict[str, Any]:
     """Rows and plans into `work/data`; returns the stamp."""
@@ -111,7 +115,7 @@ def _prepare(
     spec = EncoderSpec(
         tokenizer.path, tokenizer.info(file=tokenizer.file_name), recipe.template, recipe.max_tokens
     )
-    sources = [open_source(source) for source in recipe.sources]
+    sources = [open_source(source, meters) for source in recipe.sources]
     with _writer(recipe, work, tokenizer) as writer:
         if writer.rows_done:
             log.warning("%s: going on after %d rows", recipe.out, writer.rows_done)

@@ -7,6 +7,7 @@ import typer
 
 from ghostvis_mega.data.build import build
 from ghostvis_mega.data.ingest import dry_run
+from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import open_source
 from ghostvis_mega.data.recipe import load_recipe
 from ghostvis_mega.data.template import load_tokenizer
@@ -34,12 +35,13 @@ def build_command(
     Example: python -m tools.preprocess build mix.yaml --workers 2
     """
     loaded = load_recipe(recipe)
-    progress = Progress()
+    meters = Meters()
+    progress = Progress(meters=meters)
     if dry:
         if loaded.tokenizer.file is None:
             raise DataError("--dry-run counts tokens, so it needs `tokenizer.file` in the recipe")
         counted = dry_run(
-            [open_source(spec) for spec in loaded.sources],
+            [open_source(spec, meters) for spec in loaded.sources],
             tokenizer=load_tokenizer(loaded.tokenizer.file, template=loaded.template),
             template=loaded.template,
             progress=progress,
@@ -52,7 +54,7 @@ def build_command(
             f"{counted.tokens} tokens; rejected: {counted.rejected or 'none'}"
         ) if not as_json else print_json(vars(counted))
         return
-    built = build(loaded, workers=workers, force=force, progress=progress)
+    built = build(loaded, workers=workers, force=force, progress=progress, meters=meters)
     progress.end()
     counts = built.manifest.counts
     if as_json:
