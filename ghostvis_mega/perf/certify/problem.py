@@ -156,8 +156,8 @@ def make_run(
 
 
 def _deepspeed_file(folder: Path, stage: int, overlap: bool, *, offload: bool) -> str:
-    # Proved with stage 1 alone, and refused elsewhere.
-    overlap = overlap and stage == 1
+    # Proved with stage 1 on the device alone, and refused elsewhere.
+    overlap = overlap and stage == 1 and not offload
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
