@@ -35,6 +35,18 @@ class SequenceMeta:
 
 
 @dataclass(frozen=True)
+class SequenceLayout:
+    """Where things lie in one sequence, from the index alone."""
+
+    segments: tuple[int, ...]
+    """Lengths of the stretches that attend within themselves, padding tail included."""
+    image_ids: tuple[int, ...]
+    """One an image slot, in order."""
+    image_starts: tuple[int, ...]
+    """Position at which each slot begins."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Tensors of one micro-batch, on the CPU.
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset, Gathered
-from ghostvis_mega.data.pieces import cut_gathered, piece_images, piece_lengths, piece_trained
+from ghostvis_mega.data.pieces import (
+    cut_gathered,
+    image_positions,
+    piece_images,
+    piece_lengths,
+    piece_trained,
+)
 from ghostvis_mega.utils.errors import DataError
 
 
@@ -117,8 +123,8 @@ class Corpus:
 
         With `pieces` (first token and number of tokens, one a sample), only those of them.
 
-        In its place stand its images, then padding: what the index says it holds, so that other
-        ranks, which planned by the index, need not know.
+        In its place stand its images, and padding around them: what the index says it holds, so
+        that other ranks, which planned by the index, need not know.
 
         Raises:
             DataError: records that contradict each other though their crc is right, or a damaged
@@ -159,7 +165,8 @@ def _shift_images(gathered: Gathered, offset: int) -> Gathered:
 
 
 def _blank(dataset: Dataset, index: int, cut: np.ndarray | None) -> Gathered:
-    """The shape of a damaged sample or piece of one: images first, then padding."""
+    """The shape of a damaged sample or piece of one: its images where the index has them, else
+    padding."""
     record = dataset.sample_index[index]
     length, images = int(record["tok_len"]), int(record["n_images"])
     if length < images or length > dataset.manifest.counts.tokens:
@@ -173,14 +180,15 @@ def _blank(dataset: Dataset, index: int, cut: np.ndarray | None) -> Gathered:
         length, images = int(cut[0, 1]), int(counts[0])
     specials = dataset.manifest.tokenizer.specials
     tokens = np.full(length, specials["pad"], dtype=np.int64)
-    tokens[:images] = specials["image"]
+    positions, _ = image_positions(dataset, np.array([index]), cut)
+    tokens[positions] = specials["image"]
     return Gathered(
         tokens=tokens,
         trained=np.zeros(length, dtype=bool),
         tok_lens=np.array([length]),
         image_counts=np.array([images]),
         image_ids=image_ids,
-        image_positions=np.arange(images),
+        image_positions=positions,
     )
 
 

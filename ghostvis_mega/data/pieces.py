@@ -38,6 +38,38 @@ def piece_images(
     return ids[inside], np.bincount(owner[inside], minlength=len(samples))
 
 
+def image_positions(
+    dataset: Dataset, samples: np.ndarray, pieces: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where images stand in their samples, or in pieces of these, from the index alone.
+
+    Where the index names positions that a sample cannot have, its images count as the first tokens:
+    ranks plan by the index, and all must come to the same.
+
+    Args:
+        samples: int64 [samples].
+        pieces: int64 [samples, 2]; None for whole samples.
+
+    Returns:
+        int64: token positions, sample after sample, and how many images each has.
+    """
+    records = dataset.sample_index[samples]
+    counts = records["n_images"].astype(np.int64)
+    places = dataset.image_refs["pos"][ranges(records["img_off"].astype(np.int64), counts)]
+    places, owner = places.astype(np.int64), np.repeat(np.arange(len(samples)), counts)
+    limits = records["tok_len"].astype(np.int64)
+    if pieces is not None:
+        places, limits = places - pieces[owner, 0], pieces[:, 1]
+        inside = (places >= 0) & (places < limits[owner])
+        places, owner = places[inside], owner[inside]
+        counts = np.bincount(owner, minlength=len(samples))
+    wrong = places >= limits[owner]
+    wrong[1:] |= (places[1:] <= places[:-1]) & (owner[1:] == owner[:-1])
+    unusable = np.bincount(owner[wrong], minlength=len(samples)) > 0
+    number = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.where(unusable[owner], number, places), counts
+
+
 def piece_lengths(
     dataset: Dataset, samples: np.ndarray, pieces: np.ndarray, *, tokens_per_image: int
 ) -> np.ndarray:

@@ -12,12 +12,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ghostvis_mega.data.batch import GlobalBatch, ImageSlot, MicroBatch, SequenceMeta
+from ghostvis_mega.data.batch import (
+    GlobalBatch,
+    ImageSlot,
+    MicroBatch,
+    SequenceLayout,
+    SequenceMeta,
+)
 from ghostvis_mega.data.blend import BlendOrder, BlendWeights, Phase
 from ghostvis_mega.data.corpus import Corpus, DamagedSample
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.order import permute
-from ghostvis_mega.data.pieces import piece_images, piece_trained
+from ghostvis_mega.data.pieces import image_positions, piece_images, piece_trained
 from ghostvis_mega.data.plan import (
     Algorithm,
     PackPlan,
@@ -183,6 +189,30 @@ class BatchSource:
             trained_tokens=int(trained.sum()),
             image_ids=tuple((image_ids + self.corpus.image_offsets[source]).tolist()),
             pieces=() if pieces is None else tuple((a, b) for a, b in pieces.tolist()),
+        )
+
+    def layout(self, row: SequenceMeta) -> SequenceLayout:
+        """Where the segments and images of a sequence lie, without reading it: as `micro_batch`
+        puts them."""
+        number = self.corpus.dataset_of_sample(row.sample_ids[0])
+        dataset = self.corpus.datasets[number]
+        samples = np.array(row.sample_ids, dtype=np.int64) - self.corpus.sample_offsets[number]
+        pieces = np.array(row.pieces, dtype=np.int64) if row.pieces else None
+        positions, counts = image_positions(dataset, samples, pieces)
+        tokens = dataset.sample_index["tok_len"][samples] if pieces is None else pieces[:, 1]
+        width = self._tokens_per_image
+        segments = align_up(tokens.astype(np.int64) + counts * (width - 1), self._align)
+        starts = np.repeat(np.cumsum(segments) - segments, counts)
+        before = np.arange(len(starts)) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts += positions + before * (width - 1)
+        if not self.packing:
+            segments = np.array([self.seq_length])
+        elif (used := int(segments.sum())) < self.seq_length:
+            segments = np.append(segments, self.seq_length - used)
+        return SequenceLayout(
+            segments=tuple(segments.tolist()),
+            image_ids=row.image_ids,
+            image_starts=tuple(starts.tolist()),
         )
 
     def micro_batch(self, rows: tuple[SequenceMeta, ...]) -> MicroBatch:

@@ -69,7 +69,7 @@ def open_feed(
         rank=rank,
         place=places[rank],
         places=places,
-        degrees=SimpleNamespace(data=data_parallel, tensor=1, pipeline=1),
+        degrees=SimpleNamespace(data=data_parallel, tensor=1, pipeline=1, context=1),
         is_first_stage=True,
         is_last_stage=True,
     )
