@@ -143,6 +143,11 @@ class LLMChunk(MegatronModule):
 
     def _embed(self, inputs: ModelInput, vision_nH: torch.Tensor | None) -> torch.Tensor:
         text_SBH = self.embedding(inputs.tokens_BS).transpose(0, 1).contiguous()
+        several = self.config.context_parallel_size > 1
+        if several and inputs.shows_images and not text_SBH.requires_grad:
+            # A frozen LLM, and the pictures may all lie in another context-parallel rank's slice:
+            # this rank must still pass on what its queries make of their keys and values.
+            text_SBH.requires_grad_(torch.is_grad_enabled())
         hidden_SBH = splice(text_SBH, inputs.image_rows, vision_nH)
         if self.config.sequence_parallel:
             hidden_SBH = mappings.scatter_to_sequence_parallel_region(
@@ -151,16 +156,19 @@ class LLMChunk(MegatronModule):
         return hidden_SBH
 
     def _rotary(self, inputs: ModelInput) -> torch.Tensor:
-        """Rotation angles: [S, 1, 1, D], one row a position of the sequence.
+        """Rotation angles: [rows, 1, 1, D].
 
-        Transformer Engine's packed kernel restarts positions at each segment by itself and wants
-        the plain table; the CPU layers take each token's own position.
+        Without packing there is one row for each of this rank's rows of the sequence. Packed, there
+        is one for each row of the whole sequence, and Megatron-Core cuts the table for the
+        context-parallel rank: Transformer Engine's kernel restarts positions at each segment by
+        itself and wants the plain table; the CPU layers take each token's own position.
         """
-        length = inputs.tokens_BS.shape[1]
-        if inputs.packed is not None and self.backend == "cpu":
-            positions = inputs.positions_BS[0]
+        if inputs.packed is None:
+            positions = inputs.rows_S
+        elif self.backend == "cpu":
+            positions = inputs.positions_BW[0]
         else:
-            positions = torch.arange(length, device=inputs.tokens_BS.device)
+            positions = torch.arange(inputs.positions_BW.shape[1], device=inputs.rows_S.device)
         angles = torch.outer(positions.float(), self.inverse_frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 

@@ -34,6 +34,7 @@ class BlockLayout:
     sequence_parallel: bool = False
     pipeline: int = 1
     virtual_pipeline: int = 1
+    context: int = 1
 
 
 class RMSNorm(nn.Module):
@@ -112,6 +113,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline
         if layout.virtual_pipeline > 1
         else None,
+        context_parallel_size=layout.context,
+        # Transformer Engine's ring: keys and values travel while attention runs.
+        cp_comm_type="p2p",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
