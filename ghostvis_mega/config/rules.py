@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from ghostvis_mega.config.rules_data import blend_problems
+from ghostvis_mega.config.rules_layout import context_problems
 from ghostvis_mega.config.rules_model import choices, data_fit_problems, divisors, model_problems
 from ghostvis_mega.config.rules_precision import fp8_problems
 from ghostvis_mega.config.schema import RunConfig
@@ -28,6 +29,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *data_fit_problems(cfg.model, cfg.data.seq_length),
         *_layout_problems(cfg, world_size),
         *_division_problems(cfg),
+        *context_problems(cfg),
         *_batch_problems(cfg, world_size),
         *_data_problems(cfg),
         *blend_problems(cfg),
@@ -47,11 +49,6 @@ def _replica(cfg: RunConfig) -> int:
 
 def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
     p = cfg.parallel
-    if p.context > 1:
-        yield (
-            f"parallel.context={p.context} is not in this version: the tower's embeddings are not "
-            "split over context-parallel ranks yet. Use 1."
-        )
     if world_size % _replica(cfg):
         parts = f"parallel.tensor={p.tensor} x parallel.pipeline={p.pipeline}"
         parts += f" x parallel.context={p.context}" if p.context > 1 else ""
@@ -81,7 +78,7 @@ def _division_problems(cfg: RunConfig) -> Iterator[str]:
                 f"parallel.tensor={p.tensor} does not divide model.llm.{name}={size}. "
                 f"Use {fitting}, or change {name}."
             )
-    if p.tensor > 1 and p.sequence_parallel and cfg.data.seq_length % p.tensor:
+    if p.context == 1 and p.tensor > 1 and p.sequence_parallel and cfg.data.seq_length % p.tensor:
         length = -(-cfg.data.seq_length // p.tensor) * p.tensor
         yield (
             f"data.seq_length={cfg.data.seq_length} is no multiple of parallel.tensor={p.tensor}, "

@@ -162,6 +162,9 @@ class DataConfig(Section):
     too_long: Literal["drop", "truncate-at-turn", "split-text"] = "drop"
     """Samples longer than a sequence: left out; conversations cut after the last answer that fits;
     or documents cut into parts. Images are never cut."""
+    segment_align: Positive | None = None
+    """With packing, each sample is padded to a multiple of so many positions; empty: what
+    `parallel.context` needs. Name it for runs of other context degrees to read the same packs."""
     augment: bool = False
     """Random mirroring and shifts of the pictures, a function of (seed, epoch, image) alone."""
     num_workers: NonNegative = 0
@@ -182,6 +185,7 @@ class ParallelConfig(Section):
     virtual_pipeline: Positive = 1
     """Model chunks a pipeline stage (interleaved schedule); 1 is plain 1F1B."""
     context: Positive = 1
+    """Ranks that share out each sequence; every sample is cut into two chunks a rank."""
     sequence_parallel: bool = True
     """Split activations along the sequence over tensor-parallel ranks; no effect with tensor=1."""
 
@@ -291,3 +295,12 @@ class RunConfig(Section):
     def trained_modules(self) -> tuple[Module, ...]:
         """The model's parts that are not frozen."""
         return tuple(name for name in self.model.modules if name not in self.train.freeze)
+
+    @property
+    def segment_align(self) -> int:
+        """Positions of which packed segments take a multiple; without packing a row is not
+        padded inside."""
+        if not self.data.packing:
+            return 1
+        context = self.parallel.context
+        return self.data.segment_align or (2 * context if context > 1 else 1)

@@ -98,6 +98,7 @@ def build_chunks(
         sequence_parallel=run.parallel.sequence_parallel and degrees.tensor > 1,
         pipeline=degrees.pipeline,
         virtual_pipeline=degrees.virtual_pipeline,
+        context=degrees.context,
     )
     config = transformer_config(
         llm,

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ghostvis_mega.data.batch import ImageSlot, MicroBatch
-from ghostvis_mega.engine.pipeline import run_scoring_schedule
+from ghostvis_mega.data.batch import ImageSlot, MicroBatch, SequenceLayout
+from ghostvis_mega.engine.pipeline import Picture, run_scoring_schedule
 from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.model.context import row_owners
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
+from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,10 @@ class GreedyDecoder:
                 [[prompts[index] for index in share] for share in shares],
                 max_new_tokens=max_new_tokens,
             )
-            gathered: list[list[list[int]] | None] = [None] * replicas
+            gathered: list[list[list[int]] | None] = [None] * groups.data.size()
             dist.all_gather_object(gathered, answers, group=groups.data)
-            for share, part in zip(shares, gathered, strict=True):
+            # The context-parallel ranks of a replica, neighbours in the group, know the same.
+            for share, part in zip(shares, gathered[:: groups.degrees.context], strict=True):
                 for index, answer in zip(share, part or [], strict=True):
                     found[index] = answer
         for chunk in self.engine.parts.chunks:
@@ -112,26 +115,25 @@ class GreedyDecoder:
         dispatch = dispatch_images(
             [[i for p in share for i in p.image_ids] for share in shares], groups.places
         )
-        exchange = EmbeddingExchange(dispatch, groups)
-        own = dispatch.encode[groups.rank]
-        embeddings: dict[int, torch.Tensor] = {}
-        if engine.vision is not None:
-            embeddings = engine.image_embeddings(
-                exchange, self.load_pixels(own), for_training=False
-            )
-        mine = shares[groups.place.data]
         # Empty rows fill the last batch: every micro-batch of a schedule has the same shape, and a
         # replica without prompts computes like the others.
-        filled = mine + [Prompt(tokens=(self.stop_token,), image_ids=())] * (self.rows - len(mine))
+        filler = Prompt(tokens=(self.stop_token,), image_ids=())
+        replicas = [share + [filler] * (self.rows - len(share)) for share in shares]
+        exchange = EmbeddingExchange(
+            dispatch, groups, self._image_rows(replicas, max_new_tokens=max_new_tokens)
+        )
+        own = dispatch.encode[groups.rank]
+        pictures: dict[int, Picture] = {}
+        if engine.vision is not None:
+            pictures = engine.image_embeddings(exchange, self.load_pixels(own), for_training=False)
+        mine, filled = shares[groups.place.data], replicas[groups.place.data]
         rows = [self._expand(prompt) for prompt in filled]
-        length = max(len(tokens) for tokens, _ in rows) + max_new_tokens
-        tensor = groups.degrees.tensor
-        length = -(-length // tensor) * tensor
+        length = self._length(rows, max_new_tokens)
         texts = [list(tokens) for tokens, _ in rows]
         done = [index >= len(mine) for index in range(len(rows))]
         for _ in range(max_new_tokens):
             chosen = self._next_tokens(
-                texts, filled, [starts for _, starts in rows], length, embeddings
+                texts, filled, [starts for _, starts in rows], length, pictures
             )
             for index, token in enumerate(chosen):
                 if done[index]:
@@ -152,10 +154,14 @@ class GreedyDecoder:
         prompts: list[Prompt],
         starts: list[list[int]],
         length: int,
-        embeddings: dict[int, torch.Tensor],
+        pictures: dict[int, Picture],
     ) -> list[int]:
         per_batch = len(texts) // self.micro_batches
-        batches, ends = [], []
+        context = self.engine.groups.context_slice
+        owners = torch.from_numpy(row_owners([length], size=context.size))
+        # Where a position stands among the rows of the context-parallel rank that has it.
+        local = (owners == context.rank).cumsum(0) - 1
+        batches, ends, scored = [], [], []
         for first in range(0, len(texts), per_batch):
             chosen = range(first, first + per_batch)
             batches.append(self._micro_batch([texts[i] for i in chosen], length, [
@@ -164,11 +170,38 @@ class GreedyDecoder:
                 for image, start in zip(prompts[i].image_ids, starts[i], strict=True)
             ]))  # fmt: skip
             last = torch.tensor([len(texts[i]) - 1 for i in chosen])
-            ends.append((last * per_batch + torch.arange(per_batch)).to(self.engine.device))
+            here = (owners[last] == context.rank).nonzero().flatten()
+            ends.append((local[last[here]] * per_batch + here).to(self.engine.device))
+            scored.append(first + here)
         scores = run_scoring_schedule(
-            self.engine.parts.chunks, self.engine.work(batches), embeddings, ends
+            self.engine.parts.chunks, self.engine.work(batches), pictures, ends
         )
-        return self._agree(scores, count=len(texts))
+        return self._agree(scores, torch.cat(scored), count=len(texts))
+
+    def _length(self, rows: list[tuple[list[int], list[int]]], max_new_tokens: int) -> int:
+        """Positions that hold every prompt and answer, and that the layout can cut."""
+        degrees = self.engine.groups.degrees
+        multiple = degrees.sequence_multiple
+        longest = max(len(tokens) for tokens, _ in rows) + max_new_tokens
+        return -(-longest // multiple) * multiple
+
+    def _image_rows(self, replicas: list[list[Prompt]], *, max_new_tokens: int) -> ImageRows | None:
+        """What each context-parallel rank needs of the pictures; every rank knows all prompts."""
+        context = self.engine.groups.degrees.context
+        if context == 1:
+            return None
+        layouts = []
+        for prompts in replicas:
+            rows = [self._expand(prompt) for prompt in prompts]
+            length = self._length(rows, max_new_tokens)
+            layouts.append(
+                [
+                    SequenceLayout((length,), prompt.image_ids, tuple(starts))
+                    for prompt, (_, starts) in zip(prompts, rows, strict=True)
+                ]
+            )
+        width = self.engine.run.model.tokens_per_image
+        return image_rows(layouts, tokens_per_image=width, context=context)
 
     def _micro_batch(
         self, texts: list[list[int]], length: int, slots: list[ImageSlot]
@@ -195,15 +228,22 @@ class GreedyDecoder:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.engine.groups.data)
         return bool(flag)
 
-    def _agree(self, scores: list[torch.Tensor], *, count: int) -> list[int]:
-        """The best token of each row, told by the last stage to the whole pipeline."""
+    def _agree(self, scores: list[torch.Tensor], scored: torch.Tensor, *, count: int) -> list[int]:
+        """The best token of each row, told to the whole replica by the ranks of the last stage.
+
+        Each has the scores of the rows `scored`; other context-parallel ranks have other rows.
+        """
         groups = self.engine.groups
         tokens = torch.zeros(count, dtype=torch.int64, device=self.engine.device)
-        if groups.is_last_stage:
+        if groups.is_last_stage and len(scored):
             part_RV = torch.cat(scores).float().contiguous()
             parts = [torch.empty_like(part_RV) for _ in range(groups.degrees.tensor)]
             dist.all_gather(parts, part_RV, group=groups.tensor)
-            tokens = torch.cat(parts, dim=1)[:, : self.vocab_size].argmax(dim=1)
+            best_R = torch.cat(parts, dim=1)[:, : self.vocab_size].argmax(dim=1)
+            tokens[scored.to(self.engine.device)] = best_R
+        if groups.is_last_stage:
+            # Where another rank has the scores, this one has a zero.
+            dist.all_reduce(tokens, group=groups.context)
         if groups.degrees.pipeline > 1:
             dist.broadcast(tokens, groups.last_stage_rank, group=groups.pipeline)
         return tokens.tolist()

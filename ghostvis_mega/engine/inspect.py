@@ -65,7 +65,7 @@ def relative_errors(
         in_llm = id(parameter) in llm_parameters
         cut = in_llm and getattr(parameter, "tensor_model_parallel", False)
         first_copy = (
-            groups.place.data == 0 and (cut or groups.place.tensor == 0)
+            groups.data.rank() == 0 and (cut or groups.place.tensor == 0)
             if in_llm
             else groups.rank == 0
         )

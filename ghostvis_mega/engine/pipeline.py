@@ -12,6 +12,16 @@ from ghostvis_mega.model.llm import LLMChunk
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a rank of the first stage holds of one picture's embedding."""
+
+    embedding: torch.Tensor
+    """[rows, H]; a leaf in training, whose `.grad` adds up."""
+    rows: torch.Tensor | None
+    """int64: which of the picture's rows these are, ascending; None: all."""
+
+
+@dataclass(frozen=True)
 class Work:
     """One micro-batch on its way through the chunks of a stage."""
 
@@ -23,7 +33,7 @@ class Work:
 def run_training_schedule(
     chunks: list[LLMChunk],
     work: Sequence[Work],
-    leaves: dict[int, torch.Tensor],
+    pictures: dict[int, Picture],
     *,
     loss_scale: float,
 ) -> torch.Tensor:
@@ -33,7 +43,7 @@ def run_training_schedule(
     Args:
         chunks: This stage's.
         work: Micro-batches, the same number on every stage; rows and lengths equal.
-        leaves: Image embeddings [T, H] by id on the first stage; their `.grad` adds up.
+        pictures: By image id, on the first stage.
         loss_scale: Factor on each micro-batch's loss sum, beside the schedule's own 1 / number of
             micro-batches.
 
@@ -50,7 +60,7 @@ def run_training_schedule(
 
     def forward_step(items: Iterator[Work], chunk: LLMChunk):
         item = next(items)
-        hidden = chunk(item.inputs, gather_vision(item, leaves) if chunk.pre_process else None)
+        hidden = chunk(item.inputs, gather_vision(item, pictures) if chunk.pre_process else None)
         return hidden, partial(loss, item.inputs, chunk)
 
     losses = _run(chunks, work, forward_step, forward_only=False)
@@ -61,7 +71,7 @@ def run_training_schedule(
 def run_scoring_schedule(
     chunks: list[LLMChunk],
     work: Sequence[Work],
-    embeddings: dict[int, torch.Tensor],
+    pictures: dict[int, Picture],
     rows: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Forward only: this tensor rank's logits at chosen positions of each micro-batch.
@@ -69,8 +79,8 @@ def run_scoring_schedule(
     Args:
         chunks: This stage's.
         work: Micro-batches.
-        embeddings: Image embeddings [T, H] by id, on the first stage.
-        rows: int64 flat S*B positions for each micro-batch.
+        pictures: By image id, on the first stage.
+        rows: int64 flat S*B positions of this rank's rows for each micro-batch.
 
     Returns:
         [rows, vocabulary part] for each micro-batch on the last stage, else an empty list.
@@ -84,25 +94,30 @@ def run_scoring_schedule(
 
     def forward_step(items: Iterator[Work], chunk: LLMChunk):
         item = next(items)
-        hidden = chunk(item.inputs, gather_vision(item, embeddings) if chunk.pre_process else None)
+        hidden = chunk(item.inputs, gather_vision(item, pictures) if chunk.pre_process else None)
         return hidden, partial(score, item, chunk)
 
     with torch.no_grad():
         return _run(chunks, work, forward_step, forward_only=True)
 
 
-def gather_vision(item: Work, embeddings: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    """Embeddings of a micro-batch's pictures, slot after slot: [slots * T, H]; None without
-    pictures."""
-    if not item.image_ids:
-        return None
-    return torch.cat([embeddings[image] for image in item.image_ids])
+def gather_vision(item: Work, pictures: dict[int, Picture]) -> torch.Tensor | None:
+    """Embeddings that a micro-batch's slots show on this rank, slot after slot: [rows, H]; None
+    without any."""
+    parts = []
+    for image, rows in zip(item.image_ids, item.inputs.slot_rows, strict=True):
+        if rows is None:
+            parts.append(pictures[image].embedding)
+        elif len(rows):
+            held = pictures[image].rows
+            parts.append(pictures[image].embedding[torch.searchsorted(held, rows)])
+    return torch.cat(parts) if parts else None
 
 
 def _run(
     chunks: list[LLMChunk], work: Sequence[Work], forward_step, *, forward_only: bool
 ) -> list[torch.Tensor]:
-    num_rows, length = work[0].inputs.tokens_BS.shape
+    num_rows, length = work[0].inputs.positions_BW.shape
     # The interleaved schedule runs each chunk over all micro-batches: one iterator each.
     iterators = [iter(work) for _ in chunks]
     several = len(chunks) > 1

@@ -22,12 +22,13 @@ from ghostvis_mega.engine.finish import (
     sum_tied_gradients,
 )
 from ghostvis_mega.engine.optimizer import lr_factor
-from ghostvis_mega.engine.pipeline import Work, run_training_schedule
+from ghostvis_mega.engine.pipeline import Picture, Work, run_training_schedule
 from ghostvis_mega.engine.vision import VisionRunner
 from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.parallel.image_rows import ImageRows
 from ghostvis_mega.utils.timing import SectionTimer
 
 
@@ -42,6 +43,8 @@ class StepInput:
     """uint8, the pictures this rank encodes, by ascending id."""
     trained_tokens: float
     """Sum of the loss weights over the whole global batch."""
+    image_rows: ImageRows | None = None
+    """What each context-parallel rank needs of the pictures; None without context parallelism."""
     damage: Damage = Damage()
     """What this rank could not read; all ranks must have agreed on it before the step."""
 
@@ -110,39 +113,42 @@ class TrainEngine:
             This replica's loss sum on the last pipeline stage, 0 before it.
         """
         gradients_wanted = self.parts.vision_engine is not None
-        exchange = EmbeddingExchange(batch.dispatch, self.groups)
-        leaves = self.image_embeddings(exchange, batch.pixels_N3hw, for_training=gradients_wanted)
+        exchange = EmbeddingExchange(batch.dispatch, self.groups, batch.image_rows)
+        pictures = self.image_embeddings(exchange, batch.pixels_N3hw, for_training=gradients_wanted)
         with ExitStack() as reductions, self.timer.section("llm"):
             if self.parts.llm_engine is not None:
                 reductions.enter_context(self.parts.llm_engine.reduce_once())
             loss_sum = run_training_schedule(
                 self.parts.chunks,
                 self.work(batch.micro_batches),
-                leaves,
+                pictures,
                 loss_scale=self.loss_scale(batch),
             )
             if self.parts.llm_engine is not None:
                 self.finish_llm_gradients()
         if gradients_wanted:
             with self.parts.vision_engine.reduce_once():
-                self.vision_backward(exchange, leaves)
+                self.vision_backward(exchange, pictures)
         return loss_sum
 
     def image_embeddings(
         self, exchange: EmbeddingExchange, pixels_N3hw: torch.Tensor, *, for_training: bool
-    ) -> dict[int, torch.Tensor]:
-        """Encode this rank's pictures and fetch those its replica reads: [T, H] leaves by image
-        id."""
+    ) -> dict[int, Picture]:
+        """Encode this rank's pictures and fetch what it reads of the batch's, by image id."""
         if self.vision is None:
             return {}
         with self.timer.section("vision"):
             own_NTH = self.vision.encode(pixels_N3hw.to(self.device), for_training=for_training)
         with self.timer.section("exchange"):
-            wanted_NTH = exchange.embeddings(own_NTH)
-        return {
-            image: embedding.clone().requires_grad_(for_training)
-            for image, embedding in zip(exchange.wanted, wanted_NTH, strict=True)
-        }
+            wanted = exchange.embeddings(own_NTH)
+        pictures = {}
+        for image, embedding in wanted.items():
+            rows = exchange.rows_of(image)
+            pictures[image] = Picture(
+                embedding=embedding.clone().requires_grad_(for_training),
+                rows=None if rows is None else torch.from_numpy(rows).to(self.device),
+            )
+        return pictures
 
     def work(self, micro_batches: Sequence[MicroBatch]) -> list[Work]:
         """Micro-batches on the device."""
@@ -153,6 +159,7 @@ class TrainEngine:
                     tokens_per_image=self.run.model.tokens_per_image,
                     device=self.device,
                     for_sdpa=self.parts.chunks[0].backend == "cpu",
+                    context=self.groups.context_slice,
                 ),
                 image_ids=tuple(slot.image_id for slot in batch.images),
             )
@@ -164,7 +171,8 @@ class TrainEngine:
         trained tokens.
 
         The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size,
-        whatever the micro-batches hold; the objective must not depend on either.
+        whatever the micro-batches hold; the objective must not depend on either. DeepSpeed also
+        divides by the context-parallel size, by which Megatron-Core multiplies the loss.
         """
         return len(batch.micro_batches) * self.groups.degrees.data / batch.trained_tokens
 
@@ -181,23 +189,24 @@ class TrainEngine:
                     tied = chunk.output.weight
         sum_tied_gradients(tied, self.groups)
 
-    def vision_backward(self, exchange: EmbeddingExchange, leaves: dict[int, torch.Tensor]) -> None:
+    def vision_backward(self, exchange: EmbeddingExchange, pictures: dict[int, Picture]) -> None:
         """Send the embeddings' gradients to the pictures' owners and run the encoder backward
         there."""
-        shape = (len(leaves), self.run.model.tokens_per_image, self.run.model.llm.hidden_size)
-        wanted_NTH = torch.zeros(shape, device=self.device)
-        for index, leaf in enumerate(leaves.values()):
-            if leaf.grad is not None:
-                wanted_NTH[index] = leaf.grad
+        gradients = {}
+        for image, picture in pictures.items():
+            leaf = picture.embedding
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            gradients[image] = gradient.float()
+        shape_TH = (self.run.model.tokens_per_image, self.run.model.llm.hidden_size)
         with self.timer.section("exchange"):
-            own_NTH = exchange.gradients(wanted_NTH)
+            own_NTH = exchange.gradients(gradients, shape_TH=shape_TH, device=self.device)
         with self.timer.section("vision"):
             self.vision.backward(own_NTH * self.vision_gradient_scale())
 
     def vision_gradient_scale(self) -> float:
-        """DeepSpeed averages the encoder over the world, the loss was scaled for an average over
-        the replicas."""
-        return len(self.groups.places) / self.groups.degrees.data
+        """DeepSpeed averages the encoder over the world; the loss was scaled for an average over
+        the ranks that hold the same LLM weights."""
+        return len(self.groups.places) / self.groups.data.size()
 
     def update(self, loss_sum: torch.Tensor, batch: StepInput, *, step: int) -> StepResult:
         """One norm over all engines, one decision, one clip, then every engine steps.

@@ -1,9 +1,11 @@
 """The process groups of a run as one object that is passed around.
 
 Megatron-Core's layers read its global `parallel_state`; it is initialised here and nowhere else.
-Ranks are laid out as Megatron-Core does: tensor fastest, then data, then pipeline.
+Ranks are laid out as Megatron-Core does: tensor fastest, then context, then data, then
+pipeline.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from ghostvis_mega.model.context import ContextSlice
 from ghostvis_mega.parallel.plan import Degrees
 
 _NEEDED = ["tp", "pp", "cp", "tp_cp", "dp", "dp_cp", "embd", "pos_embd", "mp", "tp_dp_cp"]
@@ -23,6 +26,7 @@ class Place:
     data: int
     pipeline: int
     tensor: int
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ class Groups:
     """Of every rank of the world."""
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    """The ranks that share out the sequences of one replica."""
     data: dist.ProcessGroup
+    """Data x context: all ranks that hold the same weights, over which gradients are averaged;
+    context fastest."""
     model: dist.ProcessGroup
-    """Tensor x pipeline: the ranks that together hold one replica of the LLM."""
+    """Tensor x pipeline: the ranks that together hold the LLM's weights once."""
     embedding: dist.ProcessGroup | None
     """First and last stage of this pipeline; None on stages between them."""
     world: dist.ProcessGroup
@@ -55,6 +63,11 @@ class Groups:
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.place.pipeline == self.degrees.pipeline - 1
+
+    @property
+    def context_slice(self) -> ContextSlice:
+        """Which rows of each sequence this rank computes."""
+        return ContextSlice(self.degrees.context, self.place.context)
 
     @property
     def last_stage_rank(self) -> int:
@@ -82,10 +95,11 @@ def build_groups(degrees: Degrees, *, seed: int) -> Groups:
         data=parallel_state.get_data_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         tensor=parallel_state.get_tensor_model_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
     )
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    gathered: list[tuple[int, int, int] | None] = [None] * world_size
-    dist.all_gather_object(gathered, (place.data, place.pipeline, place.tensor))
+    gathered: list[tuple[int, int, int, int] | None] = [None] * world_size
+    dist.all_gather_object(gathered, dataclasses.astuple(place))
     alone = None
     for other in range(world_size):
         group = dist.new_group([other])
@@ -98,6 +112,7 @@ def build_groups(degrees: Degrees, *, seed: int) -> Groups:
         places=tuple(Place(*coordinates) for coordinates in gathered if coordinates is not None),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
         embedding=_embedding_group(place, degrees),

@@ -4,6 +4,7 @@ Rank order is Megatron's `tp-cp-dp-pp`: tensor-parallel ranks are neighbours, pi
 furthest apart.
 """
 
+import math
 from dataclasses import dataclass
 
 from ghostvis_mega.config.schema import RunConfig
@@ -52,6 +53,14 @@ class Degrees:
     def num_chunks(self) -> int:
         """Model chunks of the whole pipeline."""
         return self.pipeline * self.virtual_pipeline
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a sequence must be a multiple of: context parallelism cuts it into two
+        chunks a rank, sequence parallelism cuts a rank's part over the tensor-parallel ranks."""
+        if self.context == 1:
+            return self.tensor
+        return self.context * math.lcm(2, self.tensor)
 
     def num_micro_batches(self, run: RunConfig) -> int:
         """Micro-batches that every replica runs in one step."""

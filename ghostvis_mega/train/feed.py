@@ -18,6 +18,7 @@ from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
 from ghostvis_mega.utils.errors import DataError
 
 
@@ -61,6 +62,7 @@ class Feed:
             seed=run.train.seed,
             algorithm=run.data.pack_algorithm,
             too_long=run.data.too_long,
+            segment_align=run.segment_align,
             blend=blend_weights(run.data),
             on_damage=self._note_sample,
         )
@@ -146,8 +148,20 @@ class Feed:
             dispatch=dispatch,
             pixels_N3hw=pixels_N3hw,
             trained_tokens=batch.trained_tokens,
+            image_rows=self._image_rows(batch),
             damage=Damage(samples=frozenset(samples), images=frozenset(images)),
         )
+
+    def _image_rows(self, batch: GlobalBatch) -> ImageRows | None:
+        context = self.groups.degrees.context
+        if context == 1:
+            return None
+        layouts = [
+            [self.source.layout(row) for micro in replica for row in micro if row.image_ids]
+            for replica in batch.replicas
+        ]
+        width = self.run.model.tokens_per_image
+        return image_rows(layouts, tokens_per_image=width, context=context)
 
     def _note_sample(self, damaged: DamagedSample) -> None:
         self._reading.found[0].add(damaged.sample)

@@ -103,7 +103,30 @@ WRONG = {
         "Use at most that",
     ),
     "no room beside an image": (["data.seq_length=20"], 1, "data.seq_length=20", "at least 32"),
-    "context parallel": (["parallel.context=2"], 2, "parallel.context=2", "Use 1"),
+    "context parallel": (
+        ["parallel.context=2", "data.seq_length=510"],
+        2,
+        "data.seq_length=510 is no multiple of 4: parallel.context=2",
+        "Use 512",
+    ),
+    "context and sequence parallel": (
+        ["parallel.context=2", "parallel.tensor=2", "data.seq_length=330"],
+        4,
+        "data.seq_length=330 is no multiple of 4",
+        "Use 332",
+    ),
+    "alignment of fewer ranks": (
+        ["parallel.context=4", "data.segment_align=4"],
+        4,
+        "data.segment_align=4 is no multiple of 8: parallel.context=4",
+        "Use 8",
+    ),
+    "alignment without packing": (
+        ["data.packing=false", "data.segment_align=4"],
+        1,
+        "data.segment_align=4 pads the samples of a pack, but data.packing=false",
+        "Remove it",
+    ),
     "world": (["parallel.tensor=2"], 3, "does not divide the world of 3", "a multiple of 2"),
     "interleaving one stage": (
         ["parallel.virtual_pipeline=2"],

@@ -40,6 +40,7 @@ class Layout:
     ranks: int
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     stage: int = 1
     rows: int = 64
 
@@ -52,6 +53,10 @@ LAYOUTS = [
     Layout("dp2 pp2", 4, pipeline=2),
     Layout("dp2 pp2, in rounds of 2", 4, pipeline=2, rows=1),
     Layout("dp4 zero3", 4, stage=3, rows=2),
+    Layout("cp2 dp2, in rounds of 2", 4, context=2, rows=1),
+    Layout("tp2 cp2", 4, tensor=2, context=2),
+    Layout("pp2 cp2, in rounds of 2", 4, pipeline=2, context=2, rows=2),
+    Layout("cp4", 4, context=4),
 ]
 
 
@@ -123,7 +128,8 @@ def answer_plainly(
 
 def measure(layout: Layout, folder: Path, *, stop_token: int) -> dict[str, Any]:
     """Answers to every list of prompts; also whether the modules are left as they were."""
-    parallel = {"tensor": layout.tensor, "pipeline": layout.pipeline}
+    degrees = ("tensor", "pipeline", "context")
+    parallel = {name: getattr(layout, name) for name in degrees}
     # A tied head would mostly repeat the last token.
     model = {"llm": {"tied_embeddings": False, "init_std": 0.15}}
     run = make_run(folder, stage=layout.stage, parallel=parallel, model=model)

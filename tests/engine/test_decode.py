@@ -19,6 +19,10 @@ TOGETHER = [
     "dp2 pp2",
     "dp2 pp2, in rounds of 2",
     "dp4 zero3",
+    "cp2 dp2, in rounds of 2",
+    "tp2 cp2",
+    "pp2 cp2, in rounds of 2",
+    "cp4",
 ]
 LISTS = ["all", "other pictures", "one", "none"]
 

@@ -41,7 +41,10 @@ def places(data: int = 1, *, rank: int = 0) -> Any:
     """The part of `Groups` that a feed reads, for a rank among data-parallel ones."""
     everyone = tuple(Place(data=number, pipeline=0, tensor=0) for number in range(data))
     return SimpleNamespace(
-        degrees=SimpleNamespace(data=data), rank=rank, place=everyone[rank], places=everyone
+        degrees=SimpleNamespace(data=data, context=1),
+        rank=rank,
+        place=everyone[rank],
+        places=everyone,
     )
 
 

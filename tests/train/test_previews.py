@@ -39,7 +39,7 @@ def make_run(data: Path, folder: Path, *, samples: int) -> RunConfig:
 
 def make_engine(run: RunConfig, *, data: int = 1, pipeline: int = 1) -> Any:
     """The part of an engine that building a decoder looks at."""
-    degrees = SimpleNamespace(data=data, pipeline=pipeline)
+    degrees = SimpleNamespace(data=data, pipeline=pipeline, context=1)
     return SimpleNamespace(run=run, groups=SimpleNamespace(degrees=degrees))
 
 

@@ -5,13 +5,20 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from megatron.core.tensor_parallel import mappings
 
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine import step as engine_step
 from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.model.attention import SDPACoreAttention
+from ghostvis_mega.model.context import ContextSlice, row_owners
 from ghostvis_mega.model.inputs import ModelInput
 from ghostvis_mega.model.llm import LLMChunk
+from ghostvis_mega.parallel.exchange import EmbeddingExchange
+from ghostvis_mega.parallel.groups import Place
+from ghostvis_mega.parallel.image_rows import ImageRows
 from ghostvis_mega.perf.certify.faults import Fault
 from ghostvis_mega.perf.certify.lab import Lab, Row
 from ghostvis_mega.perf.certify.problem import ROWS
@@ -102,6 +109,40 @@ def _norm_of_vision_alone(lab: Lab, fault: Fault) -> Row:
     return lab.measure(lab.case(fault.layout), prepare=prepare)
 
 
+def _shifted_rows(ctx: ContextSlice, lengths: np.ndarray) -> np.ndarray:
+    owners = row_owners(lengths, size=ctx.size)
+    return np.flatnonzero(np.roll(owners, 1) == ctx.rank)
+
+
+def _not_summed(
+    attention: SDPACoreAttention, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each rank keeps the gradient of its own queries alone."""
+    both = mappings.gather_from_sequence_parallel_region(
+        torch.cat([key, value], dim=-1),
+        tensor_parallel_output_grad=False,
+        group=attention.context_group,
+    )
+    return both.split([key.shape[-1], value.shape[-1]], dim=-1)
+
+
+def _other_rows(lab: Lab, fault: Fault) -> Row:
+    def other(rows: ImageRows, place: Place) -> dict[int, np.ndarray]:
+        # As many rows, counted from the picture's other end.
+        mine = rows.needed[place.data][place.context]
+        return {image: rows.tokens_per_image - 1 - own[::-1] for image, own in mine.items()}
+
+    def right(exchange: EmbeddingExchange, image: int) -> np.ndarray:
+        place = exchange.groups.place
+        return exchange.rows.needed[place.data][place.context][image]
+
+    with (
+        mock.patch.object(ImageRows, "of", other),
+        mock.patch.object(EmbeddingExchange, "rows_of", right),
+    ):
+        return lab.measure(lab.case(fault.layout))
+
+
 BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "no sum over the sequence": _patched(
         engine_step, "sum_sequence_parallel_gradients", lambda *_: None
@@ -115,4 +156,9 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "norm without the vision engine": _norm_of_llm_alone,
     "norm without the offloaded engine": _norm_of_vision_alone,
     "batched exchange between two interleaved stages": _batched_exchange,
+    "context rows shifted by one": _patched(ContextSlice, "rows", _shifted_rows),
+    "gradients of fetched keys and values not summed": _patched(
+        SDPACoreAttention, "gather_context", _not_summed
+    ),
+    "a picture's rows given to the wrong context rank": _other_rows,
 }

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 
 from ghostvis_mega.config.schema import RunConfig
-from ghostvis_mega.data.batch import ImageSlot, MicroBatch
+from ghostvis_mega.data.batch import ImageSlot, MicroBatch, SequenceLayout
 from ghostvis_mega.engine.step import StepInput
+from ghostvis_mega.model.inputs import segment_lengths
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
 from ghostvis_mega.perf.certify.layout import Layout, Settings, merge
 
 IMAGE_TOKEN = 5
@@ -134,8 +136,7 @@ def make_run(
         engine: _deepspeed_file(folder, own, overlap, offload=engine in offload)
         for engine, own in stages.items()
     }
-    frozen = sections.get("train", {}).get("freeze", ())
-    if files["vision"] == files["llm"] or "projector" in frozen:
+    if files["vision"] == files["llm"]:
         del files["vision"]
     base = {
         "model": MODEL,
@@ -156,8 +157,6 @@ def make_run(
 
 
 def _deepspeed_file(folder: Path, stage: int, overlap: bool, *, offload: bool) -> str:
-    # Proved with stage 1 on the device alone, and refused elsewhere.
-    overlap = overlap and stage == 1 and not offload
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -284,4 +283,22 @@ def step_input(
         dispatch=dispatch,
         pixels_N3hw=torch.stack(own) if own else torch.zeros((0, 3, size, size), dtype=torch.uint8),
         trained_tokens=sum(float(row.weights_BS.sum()) for row in rows),
+        image_rows=_image_rows(run, parts, context=groups.degrees.context),
     )
+
+
+def _image_rows(run: RunConfig, parts: list[list[MicroBatch]], *, context: int) -> ImageRows | None:
+    if context == 1:
+        return None
+    layouts = [
+        [
+            SequenceLayout(
+                segments=tuple(segment_lengths(row).tolist()),
+                image_ids=tuple(slot.image_id for slot in row.images),
+                image_starts=tuple(slot.start for slot in row.images),
+            )
+            for row in part
+        ]
+        for part in parts
+    ]
+    return image_rows(layouts, tokens_per_image=run.model.tokens_per_image, context=context)
