@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +13,17 @@ from safetensors import SafetensorError, safe_open
 from ghostvis_mega.checkpoint.manifest import Kind, digest_problem, read_manifest
 from ghostvis_mega.model.shards import unshard
 from ghostvis_mega.utils.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Consecutive elements of a parameter inside one file's tensor of its name."""
+
+    file: str
+    start: int
+    length: int
+    held: int
+    """Elements that the tensor should have in all."""
 
 
 class CheckpointReader:
@@ -96,22 +108,42 @@ class CheckpointReader:
             length: Number of elements.
             prefix: Of the tensors in optimizer files, such as `exp_avg/`.
         """
+        pieces = []
+        places = self.places(kind, name, tensor_rank=tensor_rank, start=start, length=length)
+        for place in places:
+            saved = self._tensor(place.file, prefix + name)
+            if saved.numel() != place.held:
+                raise CheckpointError(
+                    f"{self.path / place.file}: {prefix}{name} has {saved.numel()} elements, "
+                    f"the manifest says {place.held}"
+                )
+            pieces.append(saved.view(-1)[place.start : place.start + place.length])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def places(
+        self, kind: Kind, name: str, *, tensor_rank: int, start: int, length: int
+    ) -> list[Place]:
+        """Where elements of one tensor-parallel part of a parameter lie, in their order.
+
+        Raises:
+            CheckpointError: The files do not hold all of them.
+        """
         wanted = {"tensor_rank": tensor_rank, "start": start, "length": length}
         if problem := self.missing(kind, name, **wanted):
             raise CheckpointError(problem)
-        pieces, at = [], start
+        places, at = [], start
         for first, count, file in self._index[kind, name, tensor_rank]:
             if first <= at < first + count and at < start + length:
                 end = min(first + count, start + length)
-                saved = self._tensor(file, prefix + name)
-                if saved.numel() != count:
-                    raise CheckpointError(
-                        f"{self.path / file}: {prefix}{name} has {saved.numel()} elements, "
-                        f"the manifest says {count}"
-                    )
-                pieces.append(saved.view(-1)[at - first : end - first])
+                places.append(Place(file=file, start=at - first, length=end - at, held=count))
                 at = end
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return places
+
+    def tensor_parts(self, name: str) -> int:
+        """Into how many tensor-parallel parts a parameter's weight is cut."""
+        if self.manifest.parameters[name].partition_dim is None:
+            return 1
+        return 1 + max((key[2] for key in self._index if key[:2] == ("weights", name)), default=0)
 
     def weight(self, name: str) -> torch.Tensor:
         """One parameter whole, put together from all tensor-parallel parts, on the CPU."""
@@ -121,8 +153,7 @@ class CheckpointReader:
             numel *= size
         if info.partition_dim is None:
             return self._part(name, 0, info.shape, numel)
-        ranks = [key[2] for key in self._index if key[:2] == ("weights", name)]
-        count = 1 + max(ranks, default=0)
+        count = self.tensor_parts(name)
         shape = list(info.shape)
         shape[info.partition_dim] //= count
         parts = [self._part(name, rank, shape, numel // count) for rank in range(count)]

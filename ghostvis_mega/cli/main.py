@@ -6,6 +6,7 @@ import typer
 from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
 from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.check import CHECK_HELP, check
+from ghostvis_mega.cli.convert import convert_app
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
 from ghostvis_mega.cli.leak import LEAK_HELP, leak
 from ghostvis_mega.cli.simulate_dispatch import SIMULATE_DISPATCH_HELP, simulate_dispatch
@@ -27,6 +28,7 @@ bench_app = typer.Typer(
 bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
 bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
 app.add_typer(bench_app, name="bench")
+app.add_typer(convert_app, name="convert")
 
 simulate_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Plan for large worlds without any process."

@@ -1,0 +1,226 @@
+"""`ghostvis convert`: weights from and to Hugging Face directories, and what differs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.logging import setup_logging
+
+CONVERT_HELP = "Weights from and to Hugging Face, without a GPU or a process group."
+IMPORT_HELP = """Make a checkpoint of Hugging Face weights, for `checkpoint.weights=OUT` of any run.
+
+\b
+Examples (a language model and a tower become one checkpoint; a LLaVA model is complete by itself):
+  python -m ghostvis_mega convert import Qwen2.5-1.5B siglip-so400m --out weights/start \\
+    --image-size 336
+  python -m ghostvis_mega convert import llava-model --out weights/llava
+
+\b
+Read are Qwen2 and Llama text models, SigLIP and CLIP towers, LLaVA of these, and our own exports,
+as safetensors. Exit code: 0 done, 2 not possible; nothing is left behind.
+"""
+EXPORT_HELP = """Write a directory that transformers, vLLM and SGLang load, from a checkpoint.
+
+\b
+Examples:
+  python -m ghostvis_mega convert export runs/demo/checkpoints/step-00001800 --out exports/demo \\
+    --data datasets/easy-vqa-train.gvd
+  python -m ghostvis_mega convert export runs/sft/checkpoints/step-00010000 --out exports/sft \\
+    --assets Qwen2.5-1.5B --image-token 151655 --dtype bf16
+
+\b
+Formats: llava (connector mlp), ghostvis (other connectors; brings its code), text (the language
+model alone), tower (the vision tower alone). Exit code: 0 done, 2 not possible.
+"""
+VERIFY_HELP = """Check a directory against its own digests, or two sets of weights for equal bits.
+
+\b
+Examples:
+  python -m ghostvis_mega convert verify exports/demo
+  python -m ghostvis_mega convert verify runs/demo/checkpoints/step-00001800 exports/demo
+
+\b
+Exit code: 0 as it should be, 1 damaged or different, 2 not readable.
+"""
+DIFF_HELP = """Show which tensors differ between two sets of weights and by how much.
+
+\b
+Example:
+  python -m ghostvis_mega convert diff weights/start runs/sft/checkpoints/step-00010000 --part llm
+
+\b
+Exit code: 0 whatever differs, 2 not readable.
+"""
+
+convert_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=CONVERT_HELP)
+Part = Annotated[
+    list[str] | None, typer.Option("--part", help="llm, vision or connector only; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
+Dtype = Annotated[str, typer.Option(help="auto (as it is), fp32 or bf16.")]
+Force = Annotated[bool, typer.Option(help="Replace OUT where it exists.")]
+
+
+def refuse(error: GhostVisError) -> typer.Exit:
+    """Say what is wrong; the exit code for it."""
+    typer.echo(f"error: {error}", err=True)
+    return typer.Exit(EXIT_WRONG_SETTINGS)
+
+
+@convert_app.command("import", help=IMPORT_HELP)
+def import_(
+    sources: Annotated[list[Path], typer.Argument(help="Directories.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The checkpoint.", show_default=False)],
+    dtype: Dtype = "auto",
+    image_size: Annotated[
+        int | None, typer.Option(help="Resize the tower's positions for such pictures.")
+    ] = None,
+    feature_layer: Annotated[
+        int | None, typer.Option(help="Layer of a bare tower that is used (-1, CLIP: -2).")
+    ] = None,
+    post_norm: Annotated[
+        bool | None, typer.Option(help="Use a bare tower's last norm (not with LLaVA).")
+    ] = None,
+    vocab_multiple: Annotated[
+        int, typer.Option(min=1, help="Pad the vocabulary with zero rows to a multiple.")
+    ] = 1,
+    force: Force = False,
+) -> None:
+    """Hugging Face weights become a checkpoint."""
+    setup_logging(rank=0)
+    from ghostvis_mega.convert.importer import ImportOptions, import_hf
+
+    options = ImportOptions(
+        dtype=dtype,
+        image_size=image_size,
+        feature_layer=feature_layer,
+        post_norm=post_norm,
+        vocab_multiple=vocab_multiple,
+        force=force,
+    )
+    try:
+        import_hf(sources, out, options)
+    except GhostVisError as error:
+        raise refuse(error) from None
+
+
+@convert_app.command("export", help=EXPORT_HELP)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="step-... directory.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The new directory.", show_default=False)],
+    format: Annotated[str, typer.Option(help="auto, llava, ghostvis, text or tower.")] = "auto",
+    dtype: Dtype = "auto",
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared dataset: its tokenizer and chat template.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer file instead.")] = None,
+    template: Annotated[str, typer.Option(help="Chat template for --tokenizer.")] = "chatml",
+    assets: Annotated[
+        Path | None, typer.Option(help="Hugging Face directory whose tokenizer files to copy.")
+    ] = None,
+    image_token: Annotated[
+        int | None, typer.Option(help="Id that stands for an image, where nothing says it.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Rows of the vocabulary to write; the rest is padding.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """A checkpoint becomes a Hugging Face directory."""
+    setup_logging(rank=0)
+    if sum(given is not None for given in (data, tokenizer, assets)) > 1:
+        raise typer.BadParameter("give one of --data, --tokenizer and --assets")
+    from ghostvis_mega.convert.assets import Assets
+    from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+
+    options = ExportOptions(
+        format=format,
+        dtype=dtype,
+        assets=Assets(
+            data=data,
+            tokenizer=tokenizer,
+            template=template,
+            folder=assets,
+            tokens={} if image_token is None else {"image": image_token},
+        ),
+        vocab_size=vocab_size,
+        force=force,
+    )
+    try:
+        export_hf(checkpoint, out, options)
+    except GhostVisError as error:
+        raise refuse(error) from None
+
+
+@convert_app.command("verify", help=VERIFY_HELP)
+def verify(
+    one: Annotated[Path, typer.Argument(help="Checkpoint or directory.", show_default=False)],
+    other: Annotated[Path | None, typer.Argument(help="What it must equal.")] = None,
+    part: Part = None,
+    as_json: AsJson = False,
+) -> None:
+    """Digests of one directory, or equality of two."""
+    setup_logging(rank=0)
+    from ghostvis_mega.convert.compare import compare, damage
+
+    try:
+        if other is None:
+            problems = damage(one)
+            rows = [_row("damaged files", len(problems), "files", bar=0)]
+        else:
+            result = compare(one, other, parts=tuple(part or ()))
+            problems = [f"{d.name}: {d.what}" for d in result.differences]
+            rows = [
+                _row("tensors in both", result.tensors, "tensors"),
+                _row("size", round(result.num_bytes / 1e9, 3), "GB"),
+                _row("different tensors", len(problems), "tensors", bar=0),
+            ]
+    except GhostVisError as error:
+        raise refuse(error) from None
+    for problem in problems[:20]:
+        typer.echo(problem, err=True)
+    print_rows(rows, title=f"verify {one}", as_json=as_json)
+    if problems:
+        raise typer.Exit(1)
+
+
+@convert_app.command("diff", help=DIFF_HELP)
+def diff(
+    one: Annotated[Path, typer.Argument(help="Checkpoint or directory.", show_default=False)],
+    other: Annotated[Path, typer.Argument(help="Checkpoint or directory.", show_default=False)],
+    part: Part = None,
+    top: Annotated[int, typer.Option(min=1, help="Rows, the largest change first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two sets of weights."""
+    setup_logging(rank=0)
+    from ghostvis_mega.convert.compare import compare
+
+    try:
+        result = compare(one, other, parts=tuple(part or ()))
+    except GhostVisError as error:
+        raise refuse(error) from None
+    found = sorted(result.differences, key=lambda d: (d.what == "values", -d.relative))
+    rows = [
+        _row(d.name, d.relative if d.elements else d.what, _detail(d) if d.elements else "")
+        for d in found[:top]
+    ]
+    rows.append(_row("different tensors", len(found), f"of {result.tensors}"))
+    print_rows(rows, title="relative difference", as_json=as_json)
+
+
+def _detail(difference: Any) -> str:
+    return f"relative; {difference.elements} elements, at most {difference.largest:.3g}"
+
+
+def _row(name: str, value: object, unit: str, *, bar: float | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "bar": bar,
+        "ok": None if bar is None else value == bar,
+    }

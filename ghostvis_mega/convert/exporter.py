@@ -1,0 +1,264 @@
+"""Checkpoints of ours become directories that stock programs load."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ghostvis_mega.checkpoint.manifest import Manifest
+from ghostvis_mega.convert.assets import Assets, Found, find_assets, write_assets
+from ghostvis_mega.convert.card import card
+from ghostvis_mega.convert.hf_config import Format, choose_format, config_of_parts
+from ghostvis_mega.convert.hf_folder import CONFIG
+from ghostvis_mega.convert.importer import DTYPE_NAMES
+from ghostvis_mega.convert.mapping import LAYOUTS, VERSION, Entry, Parts, entries
+from ghostvis_mega.convert.native import NativeWeights
+from ghostvis_mega.convert.output import (
+    SHARD_BYTES,
+    Shard,
+    hf_shards,
+    new_directory,
+    write_export_file,
+    write_index,
+    write_parallel,
+)
+from ghostvis_mega.convert.remote import CODE_FILES
+from ghostvis_mega.convert.tensor_file import DTYPES, Buffer, TensorInfo, cast
+from ghostvis_mega.utils.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_MODULES = {
+    "llava": {"llm", "vision", "resampler", "projector"},
+    "ghostvis": {"llm", "vision", "resampler", "projector"},
+    "text": {"llm"},
+    "tower": {"vision"},
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export is to be.
+
+    Args:
+        format: `auto`, or one of `hf_config.FORMATS`.
+        dtype: `auto` keeps each tensor's type; `fp32` and `bf16` round to the nearest.
+        assets: Tokenizer and template.
+        vocab_size: Rows of the vocabulary to write; None: all, or those that an import had.
+        shard_bytes: Largest file.
+        force: Replace an existing directory.
+        check: Compare the checkpoint's files with their digests meanwhile.
+    """
+
+    format: str = "auto"
+    dtype: str = "auto"
+    assets: Assets = field(default_factory=Assets)
+    vocab_size: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    force: bool = False
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """All that is decided before a weight is read; the same for any source of the weights."""
+
+    parts: Parts
+    form: Format
+    entries: tuple[Entry, ...]
+    infos: dict[str, TensorInfo]
+    """Tensors that are written, in order."""
+    native: dict[str, TensorInfo]
+    """Type and shape of our parameters."""
+    found: Found
+    vocab: int
+
+    @property
+    def dtype(self) -> str:
+        """The type that most elements are written in, as transformers names it."""
+        sizes: dict[str, int] = {}
+        for info in self.infos.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        return str(DTYPES[max(sizes, key=sizes.__getitem__)]).removeprefix("torch.")
+
+    def shards(self, largest: int) -> list[Shard]:
+        """Files and their tensors."""
+        return hf_shards(self.infos, largest=largest)
+
+
+def plan_export(
+    parts: Parts,
+    native: dict[str, TensorInfo],
+    options: ExportOptions,
+    *,
+    hf_vocab: int | None,
+) -> ExportPlan:
+    """Decide what is written.
+
+    Args:
+        parts: The model.
+        native: Type and shape of our parameters by name.
+        options: Asked for.
+        hf_vocab: Rows of the vocabulary that are no padding, where that is known.
+
+    Raises:
+        CheckpointError: The format cannot hold the model, or something it needs is not given.
+    """
+    if options.dtype != "auto" and options.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"--dtype {options.dtype} is unknown: use auto, fp32 or bf16")
+    form = choose_format(parts, options.format)
+    found = find_assets(options.assets)
+    vocab = 0
+    if parts.llm is not None:
+        vocab = options.vocab_size or hf_vocab or parts.llm.vocab_size
+        if not found.vocab_size <= vocab <= parts.llm.vocab_size:
+            raise CheckpointError(
+                f"--vocab-size {vocab} is not between the tokenizer's {found.vocab_size} ids and "
+                f"the model's {parts.llm.vocab_size} rows"
+            )
+    if form in ("llava", "ghostvis"):
+        image = found.tokens.get("image")
+        if image is None:
+            raise CheckpointError(
+                "which token stands for an image? Name the data (--data), a Hugging Face directory "
+                "(--assets) or the id (--image-token)"
+            )
+        if image >= vocab:
+            raise CheckpointError(f"the image token {image} is not among the {vocab} rows")
+    mapped = entries(parts, LAYOUTS[form], hf_vocab=vocab or None)
+    infos = {}
+    for entry in mapped:
+        if entry.native not in native:
+            raise CheckpointError(f"the weights lack {entry.native}, which the model has")
+        dtype = native[entry.native].dtype
+        if options.dtype != "auto":
+            dtype = DTYPE_NAMES[options.dtype]
+        infos |= {tensor.name: TensorInfo(dtype, tensor.shape) for tensor in entry.hf}
+    return ExportPlan(
+        parts=parts,
+        form=form,
+        entries=tuple(mapped),
+        infos=infos,
+        native=native,
+        found=found,
+        vocab=vocab,
+    )
+
+
+def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
+    """Write a Hugging Face directory from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, holds a parameter that has no place, or cannot
+            be written in this format. Nothing is left at `out`.
+    """
+    with ExitStack() as stack:
+        weights = stack.enter_context(NativeWeights(checkpoint))
+        plan = plan_export(weights.parts, weights.tensors, options, hf_vocab=weights.hf_vocab)
+        # Against the whole vocabulary: rows of padding are not written, but are there.
+        whole = entries(weights.parts, LAYOUTS[plan.form])
+        weights.check(whole, modules=_MODULES[plan.form])
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        damage = None
+        if options.check:
+            damage = pool.submit(weights.reader.damage, weights.reader.files("weights"))
+        with new_directory(out, force=options.force) as folder:
+            shards = plan.shards(options.shard_bytes)
+            chunks = tensor_chunks(plan, weights.chunks)
+            written = write_parallel(folder, shards, lambda: chunks)
+            if damage is not None and (found := damage.result()):
+                raise CheckpointError("; ".join(found))
+            finish_export(folder, plan, shards, written, about_manifest(weights.manifest))
+    log.info("exported %d tensors as %s into %s", len(plan.infos), plan.form, out)
+    return out
+
+
+def tensor_chunks(
+    plan: ExportPlan, native_chunks: Callable[[str, int, int], Iterator[Buffer]]
+) -> Callable[[str], Iterator[Buffer]]:
+    """Bytes of each tensor of the plan, cut out of our parameters.
+
+    Args:
+        plan: The export.
+        native_chunks: (name, first element, number of elements) of a parameter to bytes.
+    """
+    places = {t.name: (e, i) for e in plan.entries for i, t in enumerate(e.hf)}
+
+    def chunks(name: str) -> Iterator[Buffer]:
+        entry, index = places[name]
+        source = plan.native[entry.native].dtype
+        for start, length in entry.native_runs(index):
+            yield from cast(
+                native_chunks(entry.native, start, length),
+                source=source,
+                target=plan.infos[name].dtype,
+            )
+
+    return chunks
+
+
+def about_manifest(manifest: Manifest) -> dict[str, Any]:
+    """What an export says about the checkpoint that it is of."""
+    names = (
+        "train.seed",
+        "train.precision",
+        "train.freeze",
+        "batch.global_size",
+        "data.seq_length",
+        "data.packing",
+    )
+    return {
+        "step": manifest.step,
+        "sequences": manifest.sequences,
+        "training": {n: manifest.layout[n] for n in names if n in manifest.layout},
+        "imported": manifest.extra.get("imported"),
+    }
+
+
+def finish_export(
+    folder: Path,
+    plan: ExportPlan,
+    shards: list[Shard],
+    written: dict[str, Any],
+    about: dict[str, Any],
+    *,
+    config_changes: dict[str, Any] | None = None,
+) -> None:
+    """All files beside the weights; the manifest of the export comes last.
+
+    Args:
+        folder: Holds the weights.
+        plan: The export.
+        shards: Its files.
+        written: Their sizes and digests.
+        about: From `about_manifest`.
+        config_changes: Keys of config.json beside those of the model.
+    """
+    write_index(folder, shards)
+    config = config_of_parts(
+        plan.parts, plan.form, dtype=plan.dtype, vocab=plan.vocab, tokens=plan.found.tokens
+    )
+    (folder / CONFIG).write_bytes(ordered_json(config | (config_changes or {})))
+    llm = plan.parts.llm
+    write_assets(
+        folder, plan.found, plan.parts, plan.form, max_positions=llm.max_positions if llm else None
+    )
+    if plan.form == "ghostvis":
+        for path in CODE_FILES:
+            (folder / path.name).write_bytes(path.read_bytes())
+    quantised = (config_changes or {}).get("quantization_config")
+    (folder / "README.md").write_text(
+        card(plan.parts, plan.form, about, dtype=plan.dtype, quantised=quantised), encoding="utf-8"
+    )
+    write_export_file(
+        folder, written, {"format": plan.form, "mapping": VERSION, "checkpoint": about}
+    )
+
+
+def ordered_json(value: Any) -> bytes:
+    """JSON in the order of its keys: `auto_map` is read in order."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,271 @@
+"""Hugging Face directories become a checkpoint of ours that any layout can start from."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import isqrt, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ghostvis_mega.checkpoint.manifest import write_manifest
+from ghostvis_mega.config.schema import VisionConfig
+from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
+from ghostvis_mega.convert.hf_folder import HFFolder
+from ghostvis_mega.convert.mapping import VERSION, Entry, Parts
+from ghostvis_mega.convert.native import VOCAB_KEY, layout_of_parts
+from ghostvis_mega.convert.output import SHARD_BYTES, Shard, new_directory, write_parallel
+from ghostvis_mega.convert.tensor_file import (
+    CODES,
+    DTYPES,
+    Buffer,
+    TensorInfo,
+    as_bytes,
+    cast,
+    shards_of,
+)
+from ghostvis_mega.model.shards import partition_dim
+from ghostvis_mega.utils.environment import package_versions
+from ghostvis_mega.utils.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+DTYPE_NAMES = {"fp32": "F32", "bf16": "BF16"}
+"""What `--dtype` may ask for."""
+_POSITIONS = "tower.embeddings.position_embedding.weight"
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How weights are taken over.
+
+    Args:
+        dtype: `auto` keeps each tensor's type; `fp32` and `bf16` round.
+        image_size: Resize the tower's position table for pictures of this size.
+        feature_layer: Which layer of a bare tower feeds the connector.
+        post_norm: Whether a bare tower's last norm is applied.
+        vocab_multiple: Pad embedding and head with zero rows to a multiple of this.
+        shard_bytes: Largest file.
+        force: Replace an existing directory.
+    """
+
+    dtype: str = "auto"
+    image_size: int | None = None
+    feature_layer: int | None = None
+    post_norm: bool | None = None
+    vocab_multiple: int = 1
+    shard_bytes: int = SHARD_BYTES
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One parameter of ours on its way in."""
+
+    entry: Entry
+    folder: HFFolder
+    info: TensorInfo
+    """Of the parameter here."""
+    source: str
+    """Type of its tensors there."""
+    resized: VisionConfig | None = None
+    """For a position table that changes its size: the tower that it is made for."""
+
+    def chunks(self) -> Iterator[Buffer]:
+        if self.resized is not None:
+            table = self.folder.tensor(self.entry.hf[0].name)
+            yield as_bytes(resize_positions(table, self.resized).to(DTYPES[self.info.dtype]))
+            return
+        for run in self.entry.runs:
+            found = self.folder.chunks(self.entry.hf[run.tensor].name, run.start, run.length)
+            yield from cast(found, source=self.source, target=self.info.dtype)
+        padding = prod(self.info.shape) - sum(run.length for run in self.entry.runs)
+        if padding:
+            yield bytes(padding * self.info.item_bytes)
+
+
+def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Path:
+    """Write a checkpoint that `checkpoint.weights` takes.
+
+    Args:
+        sources: A LLaVA-like model, or a language model and a tower in any order, or one of them.
+        out: The checkpoint's directory.
+        options: How.
+
+    Raises:
+        CheckpointError: A source is no model we can hold, a tensor is missing, has another shape,
+            or has no place; names it. Nothing is left at `out`.
+    """
+    if options.dtype != "auto" and options.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"--dtype {options.dtype} is unknown: use auto, fp32 or bf16")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(HFFolder(source)) for source in sources]
+        given = [parts_from_config(folder.config, folder.path) for folder in folders]
+        parts = _adjust(_merged(given, folders), options)
+        tensors: dict[str, _Tensor] = {}
+        for folder, own in zip(folders, given, strict=True):
+            for tensor in _plan(folder, own, parts, options):
+                tensors[tensor.entry.native] = tensor
+        with new_directory(out, force=options.force) as temporary:
+            _write(temporary, tensors, parts, folders, given, options)
+    held = sum(prod(tensor.info.shape) for tensor in tensors.values())
+    log.info("imported %d tensors, %d parameters into %s", len(tensors), held, out)
+    return out
+
+
+def _merged(given: Sequence[Parts], folders: Sequence[HFFolder]) -> Parts:
+    merged, owners = Parts(), {}
+    for parts, folder in zip(given, folders, strict=True):
+        for name in ("llm", "vision", "connector"):
+            if (section := getattr(parts, name)) is None:
+                continue
+            if name in owners:
+                raise CheckpointError(f"{owners[name]} and {folder.path} both hold model.{name}")
+            owners[name] = folder.path
+            merged = replace(merged, **{name: section})
+    return merged
+
+
+def _adjust(parts: Parts, options: ImportOptions) -> Parts:
+    """The settings that the weights are to have here."""
+    llm, vision = parts.llm, parts.vision
+    if llm is not None and options.vocab_multiple > 1:
+        rows = -(-llm.vocab_size // options.vocab_multiple) * options.vocab_multiple
+        llm = llm.model_copy(update={"vocab_size": rows})
+    changes = {
+        "image_size": options.image_size,
+        "feature_layer": options.feature_layer,
+        "post_norm": options.post_norm,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if vision is None:
+        if changes:
+            raise CheckpointError(f"{', '.join(changes)}: no source holds a vision tower")
+    else:
+        if parts.connector is not None and changes.keys() - {"image_size"}:
+            raise CheckpointError(
+                "feature_layer and post_norm belong to the model that was trained with them; they "
+                "can be chosen for a bare tower alone"
+            )
+        vision = vision.model_copy(update=changes)
+        if vision.image_size % vision.patch_size:
+            raise CheckpointError(f"--image-size {vision.image_size} is no multiple of the tower's "
+                                  f"patch size {vision.patch_size}")  # fmt: skip
+    parts = replace(parts, llm=llm, vision=vision)
+    model_of_parts(parts)
+    return parts
+
+
+def _plan(folder: HFFolder, own: Parts, parts: Parts, options: ImportOptions) -> Iterator[_Tensor]:
+    """What a source gives; every name and shape is checked before a byte is written."""
+    _, found = folder.find_layout(own)
+    for entry in found:
+        infos = [folder.tensors[tensor.name] for tensor in entry.hf]
+        for tensor, info in zip(entry.hf, infos, strict=True):
+            if info.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{folder.path}: {tensor.name} has shape {list(info.shape)}, config.json asks "
+                    f"for {list(tensor.shape)}"
+                )
+            if info.dtype not in ("F32", "BF16", "F16"):
+                raise CheckpointError(
+                    f"{folder.path}: {tensor.name} is {info.dtype}; quantised weights cannot be "
+                    "trained on. Take the model that they were made of"
+                )
+        if len({info.dtype for info in infos}) > 1:
+            raise CheckpointError(f"{folder.path}: {', '.join(t.name for t in entry.hf)} are of "
+                                  "different types, but become one matrix")  # fmt: skip
+        dtype = infos[0].dtype if options.dtype == "auto" else DTYPE_NAMES[options.dtype]
+        shape, resized = entry.shape, None
+        if entry.native in ("embedding.weight", "head.weight") and parts.llm is not None:
+            shape = (parts.llm.vocab_size, *shape[1:])
+        if entry.native == _POSITIONS and parts.vision != own.vision:
+            assert parts.vision is not None
+            count = parts.vision.num_patches + (parts.vision.kind == "clip")
+            if (count, shape[1]) != shape:
+                resized, shape = parts.vision, (count, shape[1])
+        yield _Tensor(entry, folder, TensorInfo(dtype, shape), infos[0].dtype, resized)
+
+
+def resize_positions(table_PC: torch.Tensor, vision: VisionConfig) -> torch.Tensor:
+    """A tower's position table for another picture size, bicubic, as transformers interpolates.
+
+    Args:
+        table_PC: Of a square grid; CLIP's class token comes first and stays.
+        vision: The tower that the result is for.
+    """
+    first = 1 if vision.kind == "clip" else 0
+    grid_PC = table_PC[first:].float()
+    side = isqrt(len(grid_PC))
+    grid = grid_PC.view(1, side, side, -1).permute(0, 3, 1, 2)
+    size = (vision.grid, vision.grid)
+    resized = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+    rows_PC = resized.permute(0, 2, 3, 1).flatten(0, 2).to(table_PC.dtype)
+    return torch.cat([table_PC[:first], rows_PC])
+
+
+def _write(
+    folder: Path,
+    tensors: dict[str, _Tensor],
+    parts: Parts,
+    folders: Sequence[HFFolder],
+    given: Sequence[Parts],
+    options: ImportOptions,
+) -> None:
+    shards: list[Shard] = []
+    for stem, modules in (("llm", ("llm",)), ("vision", ("vision", "resampler", "projector"))):
+        infos = {n: t.info for n, t in tensors.items() if t.entry.module in modules}
+        for number, shard in enumerate(shards_of(infos, largest=options.shard_bytes)):
+            shards.append((f"{stem}-{number:05d}.safetensors", shard))
+    written = write_parallel(folder, shards, lambda: lambda name: tensors[name].chunks())
+    files: dict[str, Any] = {}
+    for file, shard in shards:
+        files[file] = {
+            **written[file],
+            "kind": "weights",
+            "rank": int(file.split("-")[1][:5]),
+            "tensor_rank": 0,
+            "slices": {name: [0, prod(info.shape)] for name, info in shard},
+        }
+    extra: dict[str, Any] = {
+        "imported": {
+            "from": [folder.path.name for folder in folders],
+            "mapping": VERSION,
+            "dtype": options.dtype,
+        }
+    }
+    vocab = [own.llm.vocab_size for own in given if own.llm is not None]
+    if parts.llm is not None and vocab != [parts.llm.vocab_size]:
+        extra[VOCAB_KEY] = vocab[0]
+    write_manifest(
+        folder,
+        {
+            "serial": 1,
+            "step": 0,
+            "sequences": 0,
+            "layout": layout_of_parts(parts),
+            "optimizer_steps": {},
+            "parameters": {name: _described(t, parts) for name, t in tensors.items()},
+            "files": files,
+            "extra": extra,
+            "versions": package_versions(),
+        },
+    )
+
+
+def _described(tensor: _Tensor, parts: Parts) -> dict[str, Any]:
+    """The manifest's entry of a parameter, as a run of one process would write it."""
+    entry = tensor.entry
+    in_llm = entry.module == "llm"
+    gated = in_llm and parts.llm is not None and parts.llm.activation == "swiglu"
+    names = {code: str(dtype).removeprefix("torch.") for dtype, code in CODES.items()}
+    return {
+        "shape": list(tensor.info.shape),
+        "dtype": names[tensor.info.dtype],
+        "module": entry.module,
+        "partition_dim": partition_dim(entry.native) if in_llm else None,
+        "partition_parts": 2 if gated and entry.native.endswith("linear_fc1.weight") else 1,
+    }

@@ -1,0 +1,179 @@
+"""Weights of our own checkpoints as streams of bytes, whatever layout wrote them."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from pydantic import JsonValue, ValidationError
+
+from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, VisionConfig
+from ghostvis_mega.convert.mapping import Entry, Parts
+from ghostvis_mega.convert.tensor_file import (
+    CHUNK_BYTES,
+    CODES,
+    DTYPES,
+    Buffer,
+    TensorFile,
+    TensorInfo,
+    as_bytes,
+)
+from ghostvis_mega.utils.errors import CheckpointError
+
+VOCAB_KEY = "hf_vocab_size"
+"""In `extra` of a manifest: rows of the vocabulary that are no padding."""
+
+
+class NativeWeights:
+    """The weights of an open checkpoint; use it in a `with` statement.
+
+    Raises:
+        CheckpointError: It is no sound checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.reader = CheckpointReader(path)
+        self.manifest = self.reader.manifest
+        self.parts = parts_of_layout(self.manifest.layout, path)
+        self._files: dict[str, TensorFile] = {}
+        self._lock = Lock()
+        codes = {str(dtype).removeprefix("torch."): code for dtype, code in CODES.items()}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, info in self.manifest.parameters.items():
+            if info.dtype not in codes:
+                raise CheckpointError(f"{path}: {name} is {info.dtype}, which is no weight's type")
+            self.tensors[name] = TensorInfo(codes[info.dtype], tuple(info.shape))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.reader.__exit__(kind, error, trace)
+        for file in self._files.values():
+            file.close()
+
+    @property
+    def hf_vocab(self) -> int | None:
+        """Rows of the vocabulary that are no padding, where the checkpoint knows it."""
+        value = self.manifest.extra.get(VOCAB_KEY)
+        return value if isinstance(value, int) else None
+
+    def chunks(self, name: str, start: int, length: int) -> Iterator[Buffer]:
+        """Elements of a parameter, row-major in the whole of it, as bytes."""
+        info, count = self.manifest.parameters[name], self.reader.tensor_parts(name)
+        if count == 1:
+            yield from self._part(name, 0, start, length)
+        elif info.partition_dim == 0:
+            yield from self._rows(name, count, start, length)
+        else:
+            yield from self._columns(name, count, start, length)
+
+    def _rows(self, name: str, count: int, start: int, length: int) -> Iterator[Buffer]:
+        """A parameter that ranks share by rows: each has a stretch of each stacked part."""
+        info = self.manifest.parameters[name]
+        stacked = prod(info.shape) // info.partition_parts
+        each = stacked // count
+        at = start
+        while at < start + length:
+            part, inside = divmod(at, stacked)
+            rank, offset = divmod(inside, each)
+            take = min(each - offset, start + length - at)
+            yield from self._part(name, rank, part * each + offset, take)
+            at += take
+
+    def _columns(self, name: str, count: int, start: int, length: int) -> Iterator[Buffer]:
+        """A matrix that ranks share by columns: whole rows are put together, some at a time."""
+        info = self.manifest.parameters[name]
+        assert info.partition_dim == 1 and info.partition_parts == 1, f"{name} is cut in a new way"
+        dtype = DTYPES[self.tensors[name].dtype]
+        width = info.shape[1]
+        assert start % width == 0 and length % width == 0, f"{name} is read by whole rows"
+        step = max(1, CHUNK_BYTES // (width * dtype.itemsize))
+        own = width // count
+        for row in range(start // width, (start + length) // width, step):
+            rows = min(step, (start + length) // width - row)
+            pieces = []
+            for rank in range(count):
+                data = bytearray(b"".join(self._part(name, rank, row * own, rows * own)))
+                pieces.append(torch.frombuffer(data, dtype=dtype).view(rows, own))
+            yield as_bytes(torch.cat(pieces, dim=1))
+
+    def _part(self, name: str, rank: int, start: int, length: int) -> Iterator[Buffer]:
+        """Elements of one tensor-parallel part."""
+        size = self.tensors[name].item_bytes
+        places = self.reader.places("weights", name, tensor_rank=rank, start=start, length=length)
+        for place in places:
+            file = self._file(place.file)
+            found = file.tensors.get(name)
+            if found is None or found.num_bytes != place.held * size:
+                raise CheckpointError(
+                    f"{self.path / place.file}: {name} does not have the {place.held} elements of "
+                    f"{size} bytes that the manifest speaks of"
+                )
+            yield from file.chunks(name, place.start * size, (place.start + place.length) * size)
+
+    def _file(self, name: str) -> TensorFile:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = TensorFile(self.path / name)
+            return self._files[name]
+
+    def check(self, entries: list[Entry], *, modules: set[str]) -> None:
+        """Raise unless the mapping and the checkpoint speak of the same parameters of `modules`.
+
+        Raises:
+            CheckpointError: Names the parameter.
+        """
+        expected = {entry.native: entry for entry in entries}
+        for name, info in self.manifest.parameters.items():
+            if info.module in modules and name not in expected:
+                raise CheckpointError(
+                    f"{self.path} holds {name}, which has no name in this format: it would be lost"
+                )
+        for name, entry in expected.items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path} does not hold {name}, which the model has")
+            if self.tensors[name].shape != entry.shape:
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {list(self.tensors[name].shape)}, the model "
+                    f"settings ask for {list(entry.shape)}"
+                )
+
+
+def parts_of_layout(layout: Mapping[str, JsonValue], path: Path) -> Parts:
+    """The parts of a model from the fields `model.PART.KEY` of a checkpoint."""
+    sections: dict[str, dict[str, Any]] = defaultdict(dict)
+    for field, value in layout.items():
+        names = field.split(".")
+        if names[0] == "model" and len(names) == 3:
+            sections[names[1]][names[2]] = value
+    kinds = {"llm": LLMConfig, "vision": VisionConfig, "connector": ConnectorConfig}
+    try:
+        return Parts(**{k: kinds[k].model_validate(v) for k, v in sections.items() if k in kinds})
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise CheckpointError(
+            f"{path}: the model settings in its manifest are broken at {where}"
+        ) from error
+
+
+def layout_of_parts(parts: Parts) -> dict[str, JsonValue]:
+    """Fields of a checkpoint's manifest that say what the weights mean."""
+    fields: dict[str, JsonValue] = {}
+    for name in ("llm", "vision", "connector"):
+        section = getattr(parts, name)
+        if section is not None:
+            values = section.model_dump(mode="json")
+            fields |= {f"model.{name}.{k}": v for k, v in values.items() if k != "init_std"}
+    return fields

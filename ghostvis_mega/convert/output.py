@@ -1,0 +1,196 @@
+"""Directories that appear whole or not at all, with sizes and SHA-256 of all that is in them."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ghostvis_mega.convert.hf_folder import INDEX, SINGLE, read_json
+from ghostvis_mega.convert.tensor_file import (
+    Buffer,
+    TensorFileWriter,
+    TensorInfo,
+    free_bytes,
+    shards_of,
+)
+from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.files import (
+    atomic_write_json,
+    canonical_json,
+    fsync_directory,
+    sha256_file,
+)
+
+EXPORT_FILE = "ghostvis_export.json"
+SCHEMA = "gvhf/1"
+SHARD_BYTES = 5_000_000_000
+"""Of the files that transformers writes as well."""
+_WRITERS = 4
+
+Stream = Callable[[str], Iterator[Buffer]]
+"""The bytes of a tensor, by its name."""
+Shard = tuple[str, list[tuple[str, TensorInfo]]]
+"""File name and tensors in order."""
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends without an error.
+
+    Raises:
+        CheckpointError: `path` exists and `force` is false, or its parent cannot be written to.
+    """
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists already; name another directory or give --force")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file")
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            # An interrupted run left it; it was never complete.
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{temporary} cannot be made: {error.strerror}") from error
+    done = False
+    try:
+        yield temporary
+        fsync_directory(temporary)
+        if path.exists():
+            replaced = path.with_name(f"{path.name}.replaced")
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            os.replace(path, replaced)
+            os.replace(temporary, path)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, path)
+        fsync_directory(path.parent)
+        done = True
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        if not done:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hf_shards(tensors: Mapping[str, TensorInfo], *, largest: int = SHARD_BYTES) -> list[Shard]:
+    """Files and their tensors under transformers' names."""
+    shards = shards_of(tensors, largest=largest)
+    if len(shards) == 1:
+        return [(SINGLE, shards[0])]
+    count = len(shards)
+    return [
+        (f"model-{number:05d}-of-{count:05d}.safetensors", shard)
+        for number, shard in enumerate(shards, 1)
+    ]
+
+
+def check_space(folder: Path, shards: Sequence[Shard]) -> None:
+    """Raise where the disk cannot hold the files.
+
+    Raises:
+        CheckpointError: Says how much is needed.
+    """
+    needed = sum(info.num_bytes for _, shard in shards for _, info in shard)
+    if (free := free_bytes(folder)) < needed:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, the weights need {needed / 1e9:.1f} GB"
+        )
+
+
+def write_parallel(
+    folder: Path, shards: Sequence[Shard], streams: Callable[[], Stream]
+) -> dict[str, Any]:
+    """Write files side by side, each from a stream of its own; returns their sizes and digests."""
+    check_space(folder, shards)
+    workers = min(_WRITERS, len(os.sched_getaffinity(0)), len(shards))
+
+    def write(shard: Shard) -> tuple[str, dict[str, object]]:
+        stream = streams()
+        name, tensors = shard
+        with TensorFileWriter(folder / name, tensors) as file:
+            for tensor, _ in tensors:
+                file.write(tensor, stream(tensor))
+        return name, file.entry()
+
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(pool.map(write, shards))
+
+
+def write_ordered(
+    folder: Path,
+    shards: Sequence[Shard],
+    tensors: Iterator[tuple[str, Iterator[Buffer]]],
+) -> dict[str, Any]:
+    """As `write_parallel`, from one stream that brings the tensors in the order of the files."""
+    check_space(folder, shards)
+    entries = {}
+    for name, content in shards:
+        with TensorFileWriter(folder / name, content) as file:
+            for due, _ in content:
+                came, chunks = next(tensors)
+                assert came == due, f"{came} came where {due} is due"
+                file.write(came, chunks)
+        entries[name] = file.entry()
+    return entries
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """The index of several files; a single one needs none."""
+    if len(shards) == 1:
+        return
+    total = sum(info.num_bytes for _, shard in shards for _, info in shard)
+    weight_map = {tensor: name for name, shard in shards for tensor, _ in shard}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_bytes(canonical_json(content))
+
+
+def write_export_file(
+    folder: Path, known: Mapping[str, Mapping[str, object]], about: Mapping[str, Any]
+) -> None:
+    """The last file: what the export is of, size and SHA-256 of all others.
+
+    Args:
+        folder: Everything else is in it.
+        known: Entries of files whose digest is known; others are read.
+        about: Where the weights are from.
+    """
+    files = {
+        path.name: known.get(path.name)
+        or {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.iterdir())
+    }
+    atomic_write_json(folder / EXPORT_FILE, {"schema": SCHEMA, **about, "files": files})
+
+
+def export_damage(folder: Path) -> list[str]:
+    """Sentences about files of an export that are missing or changed; reads all of them.
+
+    Raises:
+        CheckpointError: It is no export of ours.
+    """
+    content = read_json(folder / EXPORT_FILE)
+    files = content.get("files")
+    if content.get("schema") != SCHEMA or not isinstance(files, dict):
+        raise CheckpointError(f"{folder / EXPORT_FILE} is not of schema {SCHEMA}")
+    found = []
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / EXPORT_FILE} lists the file {name!r}")
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            found.append(
+                f"{path} is damaged: it has {path.stat().st_size} bytes, not {entry['bytes']}"
+            )
+        elif (digest := sha256_file(path)) != entry["sha256"]:
+            found.append(
+                f"{path} is damaged: its sha256 is {digest[:12]}..., not {entry['sha256'][:12]}..."
+            )
+    return found
