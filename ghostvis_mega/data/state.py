@@ -58,6 +58,12 @@ def describe(source: BatchSource) -> dict[str, Any]:
     return state
 
 
+def identity(source: BatchSource) -> str:
+    """16 hex digits of the datasets that sample and image numbers count over."""
+    digests = [dataset.manifest.digest for dataset in source.corpus.datasets]
+    return hashlib.sha256(canonical_json(digests)).hexdigest()[:_DIGITS]
+
+
 def check(state: dict[str, Any], source: BatchSource, *, step: int) -> None:
     """Compare a checkpoint's state with the source that would continue it.
 

@@ -72,6 +72,7 @@ class Feed:
             budget=run.data.bad_sample_budget,
             num_samples=self.corpus.num_samples,
             rank=groups.rank,
+            data=data_state.identity(self.source),
         )
         self._sample_lengths = self.corpus.lengths(tokens_per_image=run.model.tokens_per_image)
         workers = run.data.num_workers
@@ -80,16 +81,20 @@ class Feed:
         self._ahead: dict[int, Future[tuple[GlobalBatch, StepInput]]] = {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data: JSON below 1 KB, the same at every step."""
-        return data_state.describe(self.source)
+        """What a checkpoint keeps of the data: JSON below 1 KB, the same at every step but for the
+        number of damaged samples."""
+        return {**data_state.describe(self.source), "bad_samples": self.bad_samples.count}
 
     def check_state(self, state: dict[str, Any], *, step: int) -> None:
-        """Make sure that a checkpoint taken after `step` steps continues this very stream.
+        """Make sure that a checkpoint taken after `step` steps continues this very stream, and go
+        on counting damaged samples.
 
         Raises:
             CheckpointError: names every difference.
+            DataError: the run has found more damaged samples than it may.
         """
         data_state.check(state, self.source, step=step)
+        self.bad_samples.resume(int(state.get("bad_samples", 0)))
 
     def get(self, step: int) -> tuple[GlobalBatch, StepInput]:
         """The batch of `step`, counted from 0; with workers, the next ones are then being read."""

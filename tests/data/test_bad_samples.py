@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ghostvis_mega.data.bad_samples import BadSamples
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.utils.errors import DataError
@@ -114,7 +115,7 @@ def test_more_damage_than_the_budget_stops_the_run_with_the_list(folder: Path) -
     for step in range(20):
         allowed.get(step)
     assert allowed.bad_samples.count == 12
-    feed = feeds.open_feed(folder, *ALONE, workers=2)
+    feed = feeds.open_feed(folder, *ALONE, f"log.output={folder}/second", workers=2)
     assert feed.bad_samples.limit == 10
     with pytest.raises(DataError, match="11 damaged samples or images, more than") as caught:
         for step in range(20):
@@ -123,6 +124,66 @@ def test_more_damage_than_the_budget_stops_the_run_with_the_list(folder: Path) -
     listed = [sample for sample in bad if f"sample {sample}" in str(caught.value)]
     assert len(listed) >= 11
     assert "rejected_at_run_time.jsonl" in str(caught.value)
+
+
+def _read(feed, first: int, last: int) -> None:  # noqa: ANN001
+    for step in range(first, last):
+        feed.get(step)
+
+
+def test_the_budget_is_one_for_a_run_that_was_resumed(folder: Path) -> None:
+    bad = list(range(0, 120, 10))
+    _damage_samples(folder, bad)
+    options = (*ALONE, "data.bad_sample_budget=0.0275")  # 11 of 400
+    first = feeds.open_feed(folder, *options)
+    steps = [_step_of(first, sample) for sample in bad]
+    half, end = sorted(steps)[6], max(steps) + 1
+    _read(first, 0, half)
+    before, state = first.bad_samples.count, first.state()
+    assert 0 < before == state["bad_samples"] < 12
+    assert len(json.dumps(state)) <= 1024
+    # What is left in this process alone would pass.
+    resumed = feeds.open_feed(folder, *options)
+    resumed.check_state(state, step=half)
+    assert resumed.bad_samples.count == before
+    with pytest.raises(DataError, match="12 damaged samples or images") as caught:
+        _read(resumed, half, end)
+    assert all(f"sample {sample}" in str(caught.value) for sample in bad)
+    # Resumed again, it stops at once; with a larger budget it goes on, and finds nothing new.
+    with pytest.raises(DataError, match="12 damaged samples or images"):
+        feeds.open_feed(folder, *options).check_state(state, step=half)
+    allowed = feeds.open_feed(folder, *ALONE, "data.bad_sample_budget=0.03")
+    allowed.check_state(state, step=half)
+    _read(allowed, 0, end)
+    assert allowed.bad_samples.count == len(_ledger(folder)) == 12
+    # Without its list, a run still has the number from its checkpoint.
+    (folder / "run" / "rejected_at_run_time.jsonl").unlink()
+    unlisted = feeds.open_feed(folder, *options)
+    assert unlisted.bad_samples.count == 0
+    unlisted.check_state(state, step=half)
+    assert unlisted.bad_samples.count == before
+    with pytest.raises(DataError, match="12 damaged samples or images"):
+        _read(unlisted, half, end)
+
+
+def test_ranks_count_together_and_only_their_own_data(tmp_path: Path) -> None:
+    def open_one(rank: int, data: str = "one") -> BadSamples:
+        return BadSamples(tmp_path / "x.jsonl", budget=0, num_samples=9, rank=rank, data=data)
+
+    ranks = [open_one(rank) for rank in range(3)]
+    for number in range(10):
+        ranks[number % 3].note("sample", number, key=f"k{number}", problem="crc")
+        ranks[(number + 1) % 3].note("sample", number, key=f"k{number}", problem="crc")
+    assert [rank.count for rank in ranks] == [10, 10, 10]
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 10
+    with open(tmp_path / "x.jsonl", "a") as file:
+        file.write("not a line of ours\n[1]\n")
+    other = open_one(0, data="another")
+    other.note("sample", 3, key="", problem="crc")
+    assert other.count == 1
+    with pytest.raises(DataError, match="11 damaged .*image 4"):
+        ranks[0].note("image", 4, key="", problem="crc")
+    assert ranks[1].count == 11
 
 
 def test_without_a_ledger_damage_is_an_error(folder: Path) -> None:
