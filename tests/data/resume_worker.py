@@ -1,18 +1,20 @@
-"""Forks feeds that continue from a state file; the test kills them. `python resume_worker.py DIR`.
+"""Forks feeds that continue from the newest checkpoint; the test kills them.
 
-Reads one line a trial from stdin, forks, and the child appends `STEP HASH` lines until it dies.
+`python resume_worker.py DIR` reads lines `WORKERS STEP` from stdin. The child appends `STEP HASH`
+lines up to that step and waits for its end there, or goes on where the step is -1.
 """
 
 import importlib.util
-import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from ghostvis_mega.utils.files import atomic_write_json  # noqa: E402
+from ghostvis_mega.checkpoint.folder import CheckpointFolder  # noqa: E402
+from ghostvis_mega.checkpoint.manifest import read_manifest, write_manifest  # noqa: E402
 
 SAVE_EVERY = 3
 
@@ -24,22 +26,41 @@ def _load_feeds():  # noqa: ANN202
     return module
 
 
-def child(feeds: object, folder: Path, workers: int) -> None:
-    """Read the saved step, check that the data is the same, and stream on."""
+def save(folder: CheckpointFolder, step: int, state: dict) -> None:
+    """A checkpoint as the run writes it, without tensors."""
+    document = {
+        "serial": folder.next_serial(),
+        "step": step,
+        "sequences": 24 * step,
+        "layout": {},
+        "optimizer_steps": {},
+        "parameters": {},
+        "files": {},
+        "extra": {"data": state},
+    }
+    write_manifest(folder.begin(step), document)
+    folder.publish(step)
+    folder.prune(2)
+
+
+def child(feeds: object, folder: Path, workers: int, last: int) -> None:
+    """Read the newest checkpoint, check that the data is the same, and stream on."""
     feed = feeds.open_feed(folder, workers=workers)
-    file = folder / "state.json"
-    step = 0
-    if file.is_file():
-        saved = json.loads(file.read_text())
-        step = saved["step"]
-        feed.check_state(saved["data"], step=step)
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    newest, step = checkpoints.newest(), 0
+    if newest is not None:
+        manifest = read_manifest(newest)
+        step = manifest.step
+        feed.check_state(manifest.extra["data"], step=step)
     lines = os.open(folder / "stream.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     while True:
         digest = feeds.step_hash(*feed.get(step))
         os.write(lines, f"{step} {digest}\n".encode())
+        while step == last:
+            signal.pause()
         step += 1
         if step % SAVE_EVERY == 0:
-            atomic_write_json(file, {"step": step, "data": feed.state()})
+            save(checkpoints, step, feed.state())
 
 
 def main() -> None:
@@ -50,7 +71,7 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            child(feeds, folder, int(line))
+            child(feeds, folder, *(int(number) for number in line.split()))
         print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)

@@ -1,5 +1,6 @@
 """The stream of batches is a function of the step: killed, restored, on other numbers of ranks."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ghostvis_mega.checkpoint.folder import CheckpointFolder
+from ghostvis_mega.checkpoint.manifest import read_manifest
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.plan import build_plan, save_plan
 from ghostvis_mega.perf.synthetic_data import mixed_text_lengths, write_synthetic
@@ -25,8 +28,8 @@ assert _spec is not None and _spec.loader is not None
 feeds = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(feeds)
 
-KILLS = 20
-STEPS = 60
+KILLS, STEPS, SEED = 20, 60, 20_001
+SAVED_EVERY = 3  # as resume_worker.py does
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +39,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _wait_for_line(file: Path, *, beyond: int, start: int) -> None:
-    """Until the stream holds more than `beyond` whole lines after byte `start`."""
+def _wait_for_step(file: Path, step: int, *, start: int) -> list[int]:
+    """Until the stream holds `step` after byte `start`; the steps there."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if file.is_file() and file.read_bytes()[start:].count(b"\n") > beyond:
-            return
+        lines = file.read_bytes()[start:].splitlines(keepends=True) if file.is_file() else []
+        steps = [int(line.split()[0]) for line in lines if line.endswith(b"\n")]
+        if steps and steps[-1] == step:
+            return steps
         time.sleep(0.002)
-    raise AssertionError(f"{file} did not grow within a minute")
+    raise AssertionError(f"{file} did not reach step {step} within a minute")
 
 
-def test_killed_and_restored_20_times_the_stream_is_the_same(folder: Path) -> None:
-    whole = feeds.open_feed(folder)
-    expected = [feeds.step_hash(*whole.get(step)) for step in range(STEPS)]
-    assert len(set(expected)) == STEPS
+def _kill_at(folder: Path, kills: list[int]) -> tuple[list[int], list[str]]:
+    """Stream from one step to the next, killed there; where each process began, and all lines."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     worker = subprocess.Popen(
         [sys.executable, str(HERE / "resume_worker.py"), str(folder)],
@@ -57,28 +60,48 @@ def test_killed_and_restored_20_times_the_stream_is_the_same(folder: Path) -> No
     )  # fmt: skip
     assert worker.stdin is not None and worker.stdout is not None
     assert worker.stdout.readline() == "ready\n"
-    chance, stream, starts = random.Random(0), folder / "stream.txt", []
+    stream, starts = folder / "stream.txt", []
     try:
-        for trial in range(KILLS):
+        for trial, step in enumerate(kills):
             start = stream.stat().st_size if stream.is_file() else 0
-            print(trial % 3, file=worker.stdin, flush=True)  # 0, 1 or 2 threads that read ahead
+            # 0, 1 or 2 threads that read ahead.
+            print(trial % 3, step, file=worker.stdin, flush=True)
             child = int(worker.stdout.readline())
-            _wait_for_line(stream, beyond=chance.randrange(6), start=start)
+            steps = _wait_for_step(stream, step, start=start)
             os.kill(child, signal.SIGKILL)
             assert worker.stdout.readline() == f"{-signal.SIGKILL}\n"
-            starts.append(int(stream.read_bytes()[start:].split(b" ")[0]))
+            assert steps == list(range(steps[0], step + 1))
+            starts.append(steps[0])
     finally:
         worker.stdin.close()
         worker.stdout.close()
         worker.wait(timeout=60)
-    lines = [line.split() for line in stream.read_text().splitlines()]
-    reached = max(int(step) for step, _ in lines)
-    expected += [feeds.step_hash(*whole.get(step)) for step in range(STEPS, reached + 1)]
-    assert [expected[int(step)] for step, _ in lines] == [found for _, found in lines]
-    assert {int(step) for step, _ in lines} == set(range(reached + 1))  # no step was skipped
-    assert len(set(starts)) > KILLS // 3  # the restores began at many different steps
-    saved = json.loads((folder / "state.json").read_text())
-    assert len(json.dumps(saved)) <= 1024
+    return starts, stream.read_text().splitlines()
+
+
+def test_killed_at_20_random_steps_the_stream_is_the_same(folder: Path) -> None:
+    kills = sorted(random.Random(SEED).sample(range(STEPS), KILLS))
+    print(f"killed at steps {kills}, chosen with seed {SEED}")
+    whole = feeds.open_feed(folder)
+    expected = [f"{step} {feeds.step_hash(*whole.get(step))}" for step in range(kills[-1] + 1)]
+    starts, lines = _kill_at(folder, kills)
+    stream = dict(line.split() for line in lines)
+    restored = hashlib.sha256("".join(stream[str(s)] for s in range(kills[-1] + 1)).encode())
+    uninterrupted = hashlib.sha256("".join(line.split()[1] for line in expected).encode())
+    assert restored.hexdigest() == uninterrupted.hexdigest()
+    # Also what was read a second time after a restore, from the step of the checkpoint before.
+    assert all(expected[int(line.split()[0])] == line for line in lines)
+    # Each process began at the checkpoint before the kill, the first one without any.
+    assert starts == [0, *(kill - kill % SAVED_EVERY for kill in kills[:-1])]
+    assert len(lines) > len(expected)
+    assert len(set(expected)) == len(expected)
+    # The hash sees what a step reads: with another seed no step is the same.
+    other = feeds.open_feed(folder, "train.seed=4")
+    assert feeds.step_hash(*other.get(0)) != expected[0].split()[1]
+    newest = CheckpointFolder(folder / "checkpoints").newest()
+    assert newest is not None
+    state = read_manifest(newest).extra["data"]
+    assert len(json.dumps(state)) <= 1024
 
 
 def test_the_state_names_what_differs(folder: Path) -> None:
@@ -150,16 +173,28 @@ def _same_set(whole: tuple, parts: list[tuple]) -> None:
 
 def test_a_chain_of_4_2_and_3_ranks_reads_each_sample_once_an_epoch(folder: Path) -> None:
     alone = ["data.blend=[]", "data.blend_changes=[]"]
-    packs = feeds.open_feed(folder, *alone).source.plan.num_packs
+    whole = feeds.open_feed(folder, *alone)
+    packs = whole.source.plan.num_packs
     epochs = 24 // np.gcd(24, packs)  # so that whole steps make whole epochs
     steps = epochs * packs // 24
+    assert steps >= 3
     seen: Counter[int] = Counter()
-    for step in range(steps):
-        data_parallel = (4, 2, 3)[3 * step // steps]
-        feed = feeds.open_feed(folder, *alone, data_parallel=data_parallel)
-        batch = feed.source.global_batch(step)
-        assert len(batch.replicas) == data_parallel
-        seen.update(i for row in batch.sequences for i in row.sample_ids)
+    state = whole.state()
+    for part, data_parallel in enumerate((4, 2, 3)):
+        ranks = [
+            feeds.open_feed(folder, *alone, rank=rank, data_parallel=data_parallel)
+            for rank in range(data_parallel)
+        ]
+        for step in range(part * steps // 3, (part + 1) * steps // 3):
+            for feed in ranks:
+                feed.check_state(state, step=step)
+            parts = [feed.get(step) for feed in ranks]
+            assert all(len(batch.replicas) == data_parallel for batch, _ in parts)
+            _same_set(whole.get(step), parts)
+            seen.update(
+                i for _, work in parts for micro in work.micro_batches for i in micro.sample_ids
+            )
+        state = ranks[-1].state()
     assert len(seen) == 400
     assert set(seen.values()) == {epochs}
 
