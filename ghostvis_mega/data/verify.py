@@ -1,6 +1,7 @@
 """Compares a dataset with its manifest byte by byte, and on request with what made it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def _silent(what: str, done: int, total: int) -> None:
     """No progress is wanted."""
 
 
-def verify_dataset(path: Path, *, deep: bool, progress: Progress = _silent) -> list[str]:
+def verify_dataset(
+    path: Path, *, deep: bool, progress: Progress = _silent, workers: int = 1
+) -> list[str]:
     """Everything that is not as it was written, as sentences; empty if all is well.
 
     Any changed byte is found, and files that are missing, cut or should not be there.
@@ -33,32 +36,40 @@ def verify_dataset(path: Path, *, deep: bool, progress: Progress = _silent) -> l
     Args:
         deep: also decode every image, check every record and span, encode the text of some samples
             again, and make stored plans again.
+        workers: threads that hash and decode; the result is the same.
     """
     try:
         manifest = read_manifest(path)
     except DataError as error:
         return [f"dataset: {error}"]
     problems = size_problems(path, manifest)
-    problems += _content_problems(path, manifest, progress)
+    problems += _content_problems(path, manifest, progress, workers)
     problems += _unlisted_files(path, manifest) + _plan_problems(path, manifest)
     # Last, and only news: what keeps training from opening the dataset is mostly said by now.
     if not problems:
         problems = find_problems(path, what="dataset")
     if deep and not problems:
         with Dataset.open(path) as dataset:
-            problems = deep_problems(dataset, progress=progress)
+            problems = deep_problems(dataset, progress=progress, workers=workers)
             problems += _stale_plans(dataset, progress)
     return problems
 
 
-def _content_problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
+def _content_problems(
+    path: Path, manifest: Manifest, progress: Progress, workers: int
+) -> list[str]:
     """Files of the right size with other bytes."""
     problems = []
     total, done = sum(info.bytes for info in manifest.files.values()), 0
-    for name, info in manifest.files.items():
-        file = path / name
-        if file.is_file() and file.stat().st_size == info.bytes:
-            if sha256_file(file) != info.sha256:
+    present = [
+        (path / name, info)
+        for name, info in manifest.files.items()
+        if (path / name).is_file() and (path / name).stat().st_size == info.bytes
+    ]
+    with ThreadPoolExecutor(workers) as pool:  # hashing lets other threads run
+        digests = pool.map(sha256_file, [file for file, _ in present])
+        for (file, info), digest in zip(present, digests, strict=True):
+            if digest != info.sha256:
                 problems.append(
                     f"{file}: its SHA-256 is not the manifest's: copy or ingest the dataset again"
                 )

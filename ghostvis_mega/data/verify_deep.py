@@ -2,6 +2,7 @@
 
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -22,17 +23,18 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being looked at, how much of it is done, and how much there is."""
 
 _CHUNK_SAMPLES = 4096
+_CHUNK_IMAGES = 256
 _SHUFFLE_KEY = 6
 _MAY_BE_TRAINED = (Role.ASSISTANT, Role.EOS, Role.TEXT)
 
 
-def deep_problems(dataset: Dataset, *, progress: Progress) -> list[str]:
-    """Contradictions inside a dataset whose bytes are as written."""
+def deep_problems(dataset: Dataset, *, progress: Progress, workers: int = 1) -> list[str]:
+    """Contradictions inside a dataset whose bytes are as written; pictures in `workers` threads."""
     problems = _count_problems(dataset)
     problems += _sample_problems(dataset, progress)
     if not problems:  # the rest reads the samples again
         problems += _span_problems(dataset) + _text_problems(dataset, progress)
-    return problems + _image_problems(dataset, progress) + _tar_problems(dataset)
+    return problems + _image_problems(dataset, progress, workers) + _tar_problems(dataset)
 
 
 def _count_problems(dataset: Dataset) -> list[str]:
@@ -102,25 +104,34 @@ def _text_problems(dataset: Dataset, progress: Progress) -> list[str]:
     return problems
 
 
-def _image_problems(dataset: Dataset, progress: Progress) -> list[str]:
+def _image_problems(dataset: Dataset, progress: Progress, workers: int) -> list[str]:
     """Every picture decodes, and is what its record says."""
+    problems: list[str] = []
+    with ThreadPoolExecutor(workers) as pool:  # decoding lets other threads run
+        for start in range(0, dataset.num_images, _CHUNK_IMAGES):
+            chunk = range(start, min(start + _CHUNK_IMAGES, dataset.num_images))
+            for found in pool.map(lambda image_id: _image_problem(dataset, image_id), chunk):
+                problems += found
+            progress("images", chunk.stop, dataset.num_images)
+    return problems
+
+
+def _image_problem(dataset: Dataset, image_id: int) -> list[str]:
+    """What is wrong with one picture."""
+    where, record = f"{dataset.path}: image {image_id}", dataset.image_index[image_id]
+    try:
+        data = dataset.image_bytes(image_id)
+        info = probe(data)
+    except (ImageError, DataError) as error:
+        return [f"{where}: {error}"]
     problems = []
-    for image_id, record in enumerate(dataset.image_index):
-        where = f"{dataset.path}: image {image_id}"
-        progress("images", image_id + 1, dataset.num_images)
-        try:
-            data = dataset.image_bytes(image_id)
-            info = probe(data)
-        except (ImageError, DataError) as error:
-            problems.append(f"{where}: {error}")
-            continue
-        found = (info.format, info.width, info.height, info.orientation, info.channels, info.bits)
-        fields = ("format", "width", "height", "orientation", "channels", "mode")
-        stored = tuple(int(record[field]) for field in fields)
-        if stored != found:
-            problems.append(f"{where}: its record says {stored}, its bytes say {found}")
-        if content_hash(data) != record["blake2b"].tobytes():
-            problems.append(f"{where}: its content hash is not its record's")
+    found = (info.format, info.width, info.height, info.orientation, info.channels, info.bits)
+    fields = ("format", "width", "height", "orientation", "channels", "mode")
+    stored = tuple(int(record[field]) for field in fields)
+    if stored != found:
+        problems.append(f"{where}: its record says {stored}, its bytes say {found}")
+    if content_hash(data) != record["blake2b"].tobytes():
+        problems.append(f"{where}: its content hash is not its record's")
     return problems
 
 

@@ -13,7 +13,11 @@ from PIL import Image
 from ghostvis_mega.data.dataset import Dataset
 from tools.preprocess.cli import main
 
-COMMANDS = ("train-tokenizer", "ingest", "plan", "stats", "inspect", "verify")
+COMMANDS = (
+    *("train-tokenizer", "ingest", "tokenize", "build", "plan", "stats", "inspect", "verify"),
+    *("dedupe", "merge", "split", "sample", "demo-blend"),
+    *("export webdataset", "export energon", "export megatron"),
+)
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -183,7 +187,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = _run(capsys, command, "--help")
+    code, text, _ = _run(capsys, *command.split(), "--help")
     assert code == 0
     assert f"python -m tools.preprocess {command}" in " ".join(text.replace("|", " ").split())
 
@@ -262,8 +266,13 @@ def test_plans_that_cut_samples(
     html = tmp_path / "packs.html"
     inspect = ["inspect", made, *sizes, "--algorithm", "concat", "--random", 9]
     assert "(stored tokens 0 to " in _run(capsys, *inspect)[1]
+    (pack, *_) = json.loads(_run(capsys, *inspect, "--json")[1])["packs"]
+    assert pack["cu_seqlens"][-1] == pack["seq_length"] == 48
+    positions = [place for each in pack["segments"] for place in each["trained_positions"]]
+    assert len(positions) == pack["trained_tokens"] and max(positions, default=0) < 48
+    assert any(each["stored_tokens"] for each in pack["segments"])
     assert _run(capsys, *inspect, "--html", html)[0] == 0
     assert "(stored tokens 0 to " in html.read_text()
     text = _run(capsys, "stats", made, *sizes, "--dp", 2, "--too-long", "truncate-at-turn")[1]
     assert "concat " in text and "(truncate-at-turn)" in text
-    assert _run(capsys, "verify", made, "--deep")[0] == 0
+    assert _run(capsys, "verify", made, "--deep", "--workers", 3)[0] == 0

@@ -8,11 +8,19 @@ import typer
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.looks.pack_page import page_pictures, render_packs
-from ghostvis_mega.data.looks.pack_text import pack_text
+from ghostvis_mega.data.looks.pack_text import pack_json, pack_text
 from ghostvis_mega.data.looks.pack_view import PackViewer
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import atomic_write
-from tools.preprocess.options import ContextParallel, Packing, SegmentAlign, TooLong, TooLongOption
+from tools.preprocess.options import (
+    ContextParallel,
+    Json,
+    Packing,
+    SegmentAlign,
+    TooLong,
+    TooLongOption,
+    print_json,
+)
 from tools.preprocess.plan import alignment
 
 
@@ -33,6 +41,7 @@ def inspect_command(
     segment_align: SegmentAlign = None,
     context_parallel: ContextParallel = 1,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show packs: samples, trained tokens, pictures in place, position ids, cu_seqlens.
 
@@ -61,7 +70,12 @@ def inspect_command(
         if html is not None:
             page = render_packs(dataset.name, packs, page_pictures(opened, packs))
             atomic_write(html, page.encode())
-            print(f"{html}: {len(packs)} of {viewer.num_packs} packs, {len(page) / 1e6:.2f} MB")
-            return
+            if not as_json:
+                print(f"{html}: {len(packs)} of {viewer.num_packs} packs, {len(page) / 1e6:.2f} MB")
+            if not as_json:
+                return
+    if as_json:
+        print_json({"packs": [pack_json(view) for view in packs]})
+        return
     for view in packs:
         print(pack_text(view, colour=sys.stdout.isatty()))

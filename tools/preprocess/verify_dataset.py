@@ -42,18 +42,19 @@ def verify_command(
         bool,
         typer.Option(help="Also decode all images, check all records, encode some text again."),
     ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that hash and decode.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
 ) -> None:
     """Compare every byte with the manifest; ends with 1 if something is wrong.
 
-    Example: python -m tools.preprocess verify train.gvd --deep
+    Example: python -m tools.preprocess verify train.gvd --deep --workers 8
     """
     if not dataset.is_dir():
         raise DataError(f"{dataset} is not a directory")
     started = time.monotonic()
-    problems = verify_dataset(dataset, deep=deep, progress=_Reporter())
+    problems = verify_dataset(dataset, deep=deep, progress=_Reporter(), workers=workers)
     seconds = time.monotonic() - started
     if as_json:
         report = {

@@ -1,4 +1,7 @@
-"""Packed sequences for a terminal: trained text in [brackets], and in colour where that works."""
+"""Packed sequences for a terminal (trained text in [brackets], in colour where that works), or as
+JSON."""
+
+from typing import Any
 
 from ghostvis_mega.data.looks.pack_view import ImageView, PackView, SegmentView
 
@@ -51,3 +54,31 @@ def _tokens(segment: SegmentView, colour: bool) -> str:
 def _printable(text: str) -> str:
     """Control characters would move the cursor or change the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def pack_json(pack: PackView) -> dict[str, Any]:
+    """One pack for other programs; positions count from the begin of the pack."""
+    return {
+        "pack": pack.number,
+        "seq_length": pack.seq_length,
+        "used": pack.used,
+        "trained_tokens": int(pack.weight),
+        "cu_seqlens": list(pack.cu_seqlens),
+        "max_seqlen": pack.max_seqlen,
+        "segments": [
+            {
+                "start": segment.start,
+                "end": segment.end,
+                "sample": segment.sample,
+                "key": segment.key,
+                "source": segment.source,
+                "stored_tokens": list(segment.piece) if segment.piece else None,
+                "trained_positions": [part.index for part in segment.targets],
+                "images": [
+                    {"image": image.image_id, "start": image.index, "length": image.length}
+                    for image in segment.images
+                ],
+            }
+            for segment in pack.segments
+        ],
+    }
