@@ -5,6 +5,7 @@ import typer
 
 from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
 from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
+from ghostvis_mega.cli.certify import CERTIFY_HELP, certify
 from ghostvis_mega.cli.check import CHECK_HELP, check
 from ghostvis_mega.cli.convert import convert_app
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="GhostVis-Mega: train vision-language models with Megatron-Core and DeepSpeed.",
 )
 app.command(help=CHECK_HELP)(check)
+app.command(help=CERTIFY_HELP)(certify)
 app.command(help=GRADIENTS_HELP)(gradients)
 app.command(help=LEAK_HELP)(leak)
 

@@ -20,6 +20,7 @@ def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None
         table.add_column(name, justify="right" if name == "value" else "left")
     for row in rows:
         value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
+        value = "not measured" if row["value"] is None else value
         verdict = {True: "yes", False: "NO", None: ""}[row["ok"]]
         bar = "" if row["bar"] is None else f"{row['bar']:g}"
         table.add_row(row["name"], value, row["unit"], bar, verdict)

@@ -5,10 +5,12 @@ rename publishes it. Beside the dataset, .NAME.gvd.build.json says which KEY it 
 no part of the dataset, whose bytes depend on the inputs alone.
 """
 
+import hashlib
 import json
 import logging
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,9 +21,12 @@ from ghostvis_mega.data.encode import EncoderSpec
 from ghostvis_mega.data.ingest import Progress, store_rows
 from ghostvis_mega.data.leftovers import BUILD_MARK, clear_leftovers, hold
 from ghostvis_mega.data.manifest import MANIFEST_FILE, PLANS_DIRECTORY, Manifest, read_manifest
+from ghostvis_mega.data.operations.copying import Part, Piece, write_parts
+from ghostvis_mega.data.operations.dedupe import DedupeParams, find_duplicates, find_leaks
 from ghostvis_mega.data.plan import PLAN_FILE, build_plan, save_plan
+from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import open_source, source_text
-from ghostvis_mega.data.recipe import Recipe
+from ghostvis_mega.data.recipe import DedupeRecipe, Recipe
 from ghostvis_mega.data.template import ROLES, load_tokenizer
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.data.writer import PROGRESS_FILE, DatasetWriter, check_target, publish
@@ -33,6 +38,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 5.0
 _STAMP = "stamp.json"
 _TRAINED = "tokenizer.model"
+_DATA, _DEDUPED = "data", "deduped"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Built:
     manifest: Manifest
     plans: tuple[str, ...]
     up_to_date: bool
+    steps: tuple[str, ...] = ()
+    """Statistics and exports that were made, too."""
 
 
 def build(
@@ -50,40 +58,77 @@ def build(
     *,
     workers: int = 1,
     force: bool = False,
+    check: bool = False,
     progress: Progress | None = None,
+    meters: Meters | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Built:
     """Build what is not there yet.
 
     Args:
+        meters: tells how much of the sources has been read.
         force: replace a dataset that no build made; build again what is up to date.
+        check: compare the bytes of all inputs with those of the last build, not their sizes and
+            times of change.
         checkpoint_seconds: at most so much work is lost when the process is killed.
 
     Raises:
         DataError: an input cannot be read, `out` is something else, or another build is at work.
     """
     out, key = recipe.out, recipe.key()
+    content = recipe.content() if check else None
     stamp_file = out.with_name(f".{out.name}.build.json")
-    clear_leftovers(out, keep=(work := out.with_name(f"{out.name}{BUILD_MARK}{key}")))
-    stamp = _read_stamp(stamp_file)
-    ours = stamp is not None and _digest(out) == stamp["digest"]
-    if ours and not force and stamp["key"] == key and _has_plans(out, stamp["plans"]):
-        if work.exists():
-            with hold(work):
-                shutil.rmtree(work)
-        return Built(out, read_manifest(out), tuple(stamp["plans"]), up_to_date=True)
-    with hold(work):
-        ready = _read_stamp(work / _STAMP)
-        published = ready is not None and not (work / "data").exists()
-        check_target(out, force=force or ours or published)
-        if ready is None:
-            ready = _prepare(recipe, work, key, workers, progress, checkpoint_seconds)
-            atomic_write_json(work / _STAMP, ready)
-        if (work / "data").exists():
-            publish(work / "data", out)
-        atomic_write_json(stamp_file, ready)
-        shutil.rmtree(work)
-    return Built(out, read_manifest(out), tuple(ready["plans"]), up_to_date=False)
+    # With `check`, inputs may differ though their sizes and times do not.
+    name = key if content is None else hashlib.sha256(f"{key}{content}".encode()).hexdigest()[:16]
+    work = out.with_name(f"{out.name}{BUILD_MARK}{name}")
+    clear_leftovers(out, keep=work)
+    stamp = _read_stamp(stamp_file) or {}
+    ours = bool(stamp) and _digest(out) == stamp["digest"]
+    same = stamp.get("key") == key if content is None else stamp.get("content") == content
+    fresh = ours and not force and same and _has_plans(out, stamp["plans"])
+    if fresh and stamp["key"] != key:  # touched, but the same bytes
+        stamp["key"] = key
+        atomic_write_json(stamp_file, stamp)
+    if fresh and work.exists():
+        with hold(work):
+            shutil.rmtree(work)
+    if not fresh:
+        with hold(work):
+            ready = _read_stamp(work / _STAMP)
+            published = ready is not None and not (work / ready.get("directory", _DATA)).exists()
+            check_target(out, force=force or ours or published)
+            if ready is None:
+                ready = _prepare(recipe, work, key, workers, progress, meters, checkpoint_seconds)
+                atomic_write_json(work / _STAMP, ready)
+            if (work / ready.get("directory", _DATA)).exists():
+                publish(work / ready.get("directory", _DATA), out)
+            stamp = {**ready, "steps": stamp.get("steps", {})}
+            atomic_write_json(stamp_file, stamp)
+            shutil.rmtree(work)
+    done = _run_steps(recipe, stamp, stamp_file, force=force)
+    return Built(
+        out, read_manifest(out), tuple(stamp["plans"]), up_to_date=fresh and not done, steps=done
+    )
+
+
+def _run_steps(
+    recipe: Recipe, stamp: dict[str, Any], stamp_file: Path, *, force: bool
+) -> tuple[str, ...]:
+    """Statistics and exports that are missing or of another dataset; returns their names."""
+    if not (recipe.stats or recipe.exports):
+        return ()
+    from ghostvis_mega.data import (
+        build_steps,  # statistics import much, and most recipes do not ask
+    )
+
+    done = []
+    for step in build_steps.steps_of(recipe):
+        if force or not build_steps.is_done(step, stamp, stamp["digest"]):
+            found = build_steps.run_step(step, recipe, stamp, force=force)
+            stamp["steps"] = {**stamp.get("steps", {}), str(step.marks[0]): found}
+            atomic_write_json(stamp_file, stamp)
+            done.append(step.name)
+    return tuple(done)
 
 
 def _read_stamp(path: Path) -> dict[str, Any] | None:
@@ -104,14 +149,16 @@ def _prepare(
     key: str,
     workers: int,
     progress: Progress | None,
+    meters: Meters | None,
     checkpoint_seconds: float,
 ) -> dict[str, Any]:
-    """Rows and plans into `work/data`; returns the stamp."""
+    """Rows and plans into a directory of `work`; returns the stamp."""
+    content = recipe.content()
     tokenizer = _tokenizer(recipe, work)
     spec = EncoderSpec(
         tokenizer.path, tokenizer.info(file=tokenizer.file_name), recipe.template, recipe.max_tokens
     )
-    sources = [open_source(source) for source in recipe.sources]
+    sources = [open_source(source, meters) for source in recipe.sources]
     with _writer(recipe, work, tokenizer) as writer:
         if writer.rows_done:
             log.warning("%s: going on after %d rows", recipe.out, writer.rows_done)
@@ -136,11 +183,37 @@ def _prepare(
         writer.checkpoint()
     for reason, times in sorted(writer.reasons.items()):
         log.warning("%s: %d rows rejected: %s", recipe.out, times, reason)
+    directory = _DATA
+    if recipe.dedupe is not None:
+        directory = _DEDUPED
+        _dedupe(recipe.dedupe, work)
     plans = []
-    with Dataset.open(work / "data") as dataset:
+    with Dataset.open(work / directory) as dataset:
         for plan in recipe.plans:
             plans.append(save_plan(dataset, build_plan(dataset, plan.params())).name)
-        return {"key": key, "digest": dataset.manifest.digest, "plans": plans}
+        return {
+            "key": key,
+            "content": content,
+            "digest": dataset.manifest.digest,
+            "directory": directory,
+            "plans": plans,
+        }
+
+
+def _dedupe(settings: DedupeRecipe, work: Path) -> None:
+    """From `work/data` to `work/deduped`, with the ledger of both."""
+    params = DedupeParams(images=settings.images, text=settings.text)
+    what = f"dedupe images={settings.images} text={settings.text}"
+    with ExitStack() as stack:
+        dataset = stack.enter_context(Dataset.open(work / _DATA))
+        if settings.against is None:
+            found = find_duplicates(dataset, params)
+        else:
+            other = stack.enter_context(Dataset.open(settings.against))
+            what += f" against={other.manifest.digest}"
+            found = find_leaks(dataset, other, params)
+        piece = Piece(dataset, found.keep, found.dropped, with_ledger=True)
+        write_parts([Part(work / _DEDUPED, (piece,), what)], force=True)
 
 
 def _tokenizer(recipe: Recipe, work: Path) -> Tokenizer:

@@ -6,21 +6,28 @@
     sources:
       - {format: easy-vqa, split: train}
       - {format: llava, path: rows.json, images: photos}
+    dedupe: {images: exact, text: exact}      # optional; `against: eval.gvd` drops what that holds
     plans:
       - {seq_length: 1024, tokens_per_image: 16}
+    stats:
+      - {seq_length: 1024, tokens_per_image: 16, html: stats.html, report: stats.json}
+    exports:
+      - {format: webdataset, out: shards}
 
 Paths are relative to the recipe. An unknown key is an error.
 """
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ghostvis_mega.data.export.megatron import MegatronFiles
-from ghostvis_mega.data.manifest import SCHEMA
+from ghostvis_mega.data.inputs import content_of, input_files, state_of
+from ghostvis_mega.data.manifest import MANIFEST_FILE, SCHEMA
+from ghostvis_mega.data.operations.dedupe import Match
 from ghostvis_mega.data.plan import Algorithm, PlanParams, TooLong
 from ghostvis_mega.data.readers.registry import SourceSpec, find_format
 from ghostvis_mega.data.template import TEMPLATE_NAME, find_style
@@ -61,6 +68,50 @@ class PlanRecipe(_Part):
         return PlanParams(**self.model_dump())
 
 
+class DedupeRecipe(_Part):
+    """How alike samples must be to be dropped; see `operations.dedupe`."""
+
+    images: Match = "exact"
+    text: Match = "exact"
+    against: Path | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> "DedupeRecipe":
+        if self.images == self.text == "ignore":
+            raise ValueError("images and text are both ignored: nothing is left to compare")
+        return self
+
+
+class StatsRecipe(_Part):
+    """Statistics as a page, as JSON, or both."""
+
+    seq_length: int = Field(ge=1)
+    tokens_per_image: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    dp: tuple[int, ...] = Field(default=(8, 32, 512), min_length=1)
+    segment_align: int = Field(default=1, ge=1)
+    too_long: TooLong = "drop"
+    html: Path | None = None
+    report: Path | None = None
+
+    @model_validator(mode="after")
+    def _has_output(self) -> "StatsRecipe":
+        if self.html is None and self.report is None:
+            raise ValueError("give `html`, `report` or both: a file to write")
+        return self
+
+
+class ExportRecipe(_Part):
+    """The dataset in the format of another program."""
+
+    format: Literal["webdataset", "energon", "megatron"]
+    out: Path
+    split: str = "train"
+    shard_mib: int = Field(default=512, ge=1)
+    append_eod: bool = False
+    skip_images: bool = False
+
+
 class Recipe(_Part):
     """A dataset to build."""
 
@@ -69,20 +120,44 @@ class Recipe(_Part):
     template: str = TEMPLATE_NAME
     max_tokens: int | None = Field(default=None, ge=2)
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
+    dedupe: DedupeRecipe | None = None
     plans: tuple[PlanRecipe, ...] = ()
+    stats: tuple[StatsRecipe, ...] = ()
+    exports: tuple[ExportRecipe, ...] = ()
+
+    def outputs(self) -> list[Path]:
+        """All that a build writes."""
+        pages = [path for each in self.stats for path in (each.html, each.report) if path]
+        exports = [export.out for export in self.exports]
+        return [self.out, *pages, *exports]
+
+    def inputs(self) -> list[Path]:
+        """All files that decide the dataset, pictures included."""
+        paths = [self.tokenizer.file]
+        for source in self.sources:
+            images = source.images
+            if images is None and source.format == "csv" and source.path is not None:
+                images = source.path.parent  # where the reader looks
+            paths += [source.annotations, images, *_row_files(source)]
+        if self.dedupe is not None and self.dedupe.against is not None:
+            paths.append(self.dedupe.against / MANIFEST_FILE)
+        return input_files(paths, skip=self.outputs())
 
     def key(self) -> str:
-        """Identity of recipe and inputs: 16 hex digits of names, sizes and times of change.
-
-        Of a folder of images only its own time counts, not those of its files.
-        """
-        files = [self.tokenizer.file]
-        for source in self.sources:
-            files += [source.annotations, source.images, *_row_files(source)]
+        """Identity of dataset settings and inputs: 16 hex digits of names, sizes and times."""
         identity = {
             "schema": SCHEMA,
-            "recipe": self.model_dump(mode="json"),
-            "inputs": [_state(path) for path in files if path is not None],
+            "recipe": self.model_dump(mode="json", exclude={"stats", "exports"}),
+            "inputs": state_of(self.inputs()),
+        }
+        return hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
+
+    def content(self) -> str:
+        """As `key`, but of the bytes of the inputs instead of their sizes and times."""
+        identity = {
+            "schema": SCHEMA,
+            "recipe": self.model_dump(mode="json", exclude={"stats", "exports"}),
+            "inputs": content_of(self.inputs()),
         }
         return hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
 
@@ -95,17 +170,7 @@ def _row_files(source: SourceSpec) -> list[Path]:
     if source.format == "megatron":
         files = MegatronFiles.of(path)
         return [files.bin, files.idx, files.json]
-    return [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]
-
-
-def _state(path: Path) -> list[Any]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}, which the recipe names, cannot be read: {error.strerror}") from (
-            error
-        )
-    return [str(path), found.st_size, found.st_mtime_ns]
+    return [path]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -140,9 +205,26 @@ def load_recipe(path: Path) -> Recipe:
     if tokenizer.file is not None:
         tokenizer = TokenizerRecipe(file=folder / tokenizer.file)
     sources = tuple(_absolute(source, folder, tokenizer.file) for source in recipe.sources)
-    return recipe.model_copy(
-        update={"out": folder / recipe.out, "sources": sources, "tokenizer": tokenizer}
+    placed = recipe.model_copy(
+        update={
+            "out": folder / recipe.out,
+            "sources": sources,
+            "tokenizer": tokenizer,
+            "dedupe": recipe.dedupe and _placed(recipe.dedupe, folder, "against"),
+            "stats": tuple(_placed(each, folder, "html", "report") for each in recipe.stats),
+            "exports": tuple(_placed(each, folder, "out") for each in recipe.exports),
+        }
     )
+    outputs = placed.outputs()
+    if repeated := [str(one) for one in outputs if outputs.count(one) > 1]:
+        raise DataError(f"{path}: two outputs have the name {repeated[0]}: give each its own")
+    return placed
+
+
+def _placed[P: _Part](part: P, folder: Path, *names: str) -> P:
+    """The part with its paths below `folder`."""
+    paths = {name: folder / value for name in names if (value := getattr(part, name)) is not None}
+    return part.model_copy(update=paths)
 
 
 def _absolute(source: SourceSpec, folder: Path, tokenizer: Path | None) -> SourceSpec:

@@ -29,7 +29,7 @@ from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.data.tars import tar_members
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.data.tokenizer import train_tokenizer
-from ghostvis_mega.perf.bench_energon import energon_version, measure_energon
+from ghostvis_mega.perf.bench_energon import Energon, EnergonSpeed, measure_energon
 from ghostvis_mega.perf.bench_plan import (
     PARAMS,
     SAMPLES_AN_IMAGE,
@@ -38,6 +38,7 @@ from ghostvis_mega.perf.bench_plan import (
     plan_once,
 )
 from ghostvis_mega.perf.synthetic_data import mixed_text_lengths, write_synthetic
+from ghostvis_mega.utils.errors import GhostVisError
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ THREADS = 2
 BATCH_SIZE = 16
 _RUNS = 5
 _MANY, _INGESTED = "many.gvd", "in.gvd"
+_MEMBERS = "members/s"
 _WHAT = f"JPEG {WIDTH}x{HEIGHT} to uint8 {SIDE}"
 # By CPU time: of two cores that do nothing else. Wall time beside shows what threads cost.
 _PER_CPU = f"{_WHAT}, {THREADS} cores by CPU time"
@@ -54,27 +56,25 @@ _PER_CPU = f"{_WHAT}, {THREADS} cores by CPU time"
 Row5 = dict[str, Any]
 
 
-def measure_data(folder: Path | None = None, *, energon: str | None = None) -> list[Row5]:
+def measure_data(folder: Path | None = None, *, energon: Energon | None = None) -> list[Row5]:
     """All rows of name, value, unit, bar and ok; about two minutes on two cores.
 
     Args:
         folder: where some hundred MB are written and removed; by default the system's.
-        energon: interpreter that has megatron-energon, to show its figures beside ours.
-
-    Raises:
-        GhostVisError: that interpreter has no megatron-energon; said before anything is timed.
+        energon: to show its figures beside ours; what cannot be measured has no value and is not
+            ok.
     """
     rows: list[Row5] = []
-    version = None if energon is None else energon_version(energon)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         pictures = [photo(number) for number in range(64)]
         parts = [_plans(), _million(place), _loader(place, pictures), _ingest(place, pictures)]
         if energon is not None:
-            parts.append(_energon(place, energon, f"energon {version}"))
+            parts.append(_energon(place, energon))
         for part in parts:
             for row in part:
-                log.info("%s: %.4g %s", row["name"], row["value"], row["unit"])
+                if row["value"] is not None:
+                    log.info("%s: %.4g %s", row["name"], row["value"], row["unit"])
                 rows.append(row)
     return rows
 
@@ -92,6 +92,11 @@ def at_most(name: str, value: float, unit: str, bar: float) -> Row5:
 def beside(name: str, value: float, unit: str) -> Row5:
     """A row that is shown for comparison only."""
     return {"name": name, "value": value, "unit": unit, "bar": None, "ok": True}
+
+
+def unmeasured(name: str, unit: str) -> Row5:
+    """A row for comparison that could not be had: nothing to compare with is not fine."""
+    return {"name": name, "value": None, "unit": unit, "bar": None, "ok": False}
 
 
 def photo(seed: int, *, width: int = WIDTH, height: int = HEIGHT) -> bytes:
@@ -241,7 +246,7 @@ def _tar(folder: Path) -> Iterator[Row5]:
         found = sum(1 for _ in tar_members(tar))
         spent.append(time.process_time() - began)
     assert found == count
-    yield at_least("index of a tar", count / min(spent), "members/s", 100_000)
+    yield at_least("index of a tar", count / min(spent), _MEMBERS, 100_000)
 
 
 def _ingest(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
@@ -264,9 +269,28 @@ def _ingest(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
     yield at_least(name, len(rows) / seconds, "images/s", 300)
 
 
-def _energon(folder: Path, python: str, name: str) -> Iterator[Row5]:
+def _energon(folder: Path, energon: Energon) -> Iterator[Row5]:
     """Beside `_loader` and `_tar`: the ingested pictures, and the same tar of small members."""
-    speed = measure_energon(
+    speed, problem = None, energon.problem
+    if energon.python is not None:
+        try:
+            speed = _energon_speed(folder, energon.python)
+        except GhostVisError as error:
+            problem = str(error)
+    if speed is None:
+        log.error("energon %s is not measured: %s", energon.version, problem)
+    per_wall = f"{_WHAT}, {THREADS} worker processes, wall"
+    for what, value, unit in (
+        (f"loader, {_PER_CPU}", speed and speed.images_per_cpu_s * THREADS, "images/s"),
+        (f"loader, {per_wall}", speed and speed.images_per_wall_s, "images/s"),
+        ("prepare of the same tar, SQLite included", speed and speed.prepared_per_cpu_s, _MEMBERS),
+    ):
+        name = f"energon {energon.version} {what}"
+        yield unmeasured(name, unit) if value is None else beside(name, value, unit)
+
+
+def _energon_speed(folder: Path, python: str) -> EnergonSpeed:
+    return measure_energon(
         python,
         dataset=folder / _INGESTED,
         tar=folder / _MANY / shard_name(0),
@@ -274,11 +298,6 @@ def _energon(folder: Path, python: str, name: str) -> Iterator[Row5]:
         batch_size=BATCH_SIZE,
         workers=THREADS,
     )
-    yield beside(f"{name} loader, {_PER_CPU}", speed.images_per_cpu_s * THREADS, "images/s")
-    per_wall = f"{_WHAT}, {THREADS} worker processes, wall"
-    yield beside(f"{name} loader, {per_wall}", speed.images_per_wall_s, "images/s")
-    what = f"{name} prepare of the same tar, SQLite included"
-    yield beside(what, speed.prepared_per_cpu_s, "members/s")
 
 
 def _wall(work: Callable[[], object]) -> float:

@@ -1,6 +1,7 @@
 """megatron-energon's speed on our pictures and tars, measured in an environment of its own."""
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -9,15 +10,35 @@ from typing import NamedTuple
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.export.energon import ENERGON_VERSION, export_energon
+from ghostvis_mega.perf.energon_install import REQUIREMENT, install_energon
 from ghostvis_mega.utils.errors import GhostVisError
 
 WORKER = Path(__file__).with_name("energon_worker.py")
-INSTALL = (
-    f"python -m venv energon && energon/bin/pip install megatron-energon=={ENERGON_VERSION}, "
-    "then --energon energon/bin/python"
-)
 _VERSION = "from importlib.metadata import version; print(version('megatron-energon'))"
 _TIMEOUT_S = 600
+
+
+class Energon(NamedTuple):
+    """Where megatron-energon is, or why it is not: then `python` is None."""
+
+    python: str | None
+    version: str
+    problem: str = ""
+
+
+def find_energon(python: str | None = None) -> Energon:
+    """The megatron-energon of `python`, or of a private environment that is made if need be.
+
+    Raises:
+        GhostVisError: `python` is given and has none.
+    """
+    if python is not None:
+        return Energon(python, energon_version(python))
+    try:
+        python = install_energon()
+        return Energon(python, energon_version(python))
+    except GhostVisError as error:
+        return Energon(None, ENERGON_VERSION, str(error))
 
 
 class EnergonSpeed(NamedTuple):
@@ -35,11 +56,15 @@ def energon_version(python: str) -> str:
         GhostVisError: there is no such interpreter, or it has no megatron-energon.
     """
     if shutil.which(python) is None:
-        raise GhostVisError(f"--energon {python}: there is no such program; install: {INSTALL}")
+        raise GhostVisError(
+            f"--energon {python}: there is no such program; without --energon, {REQUIREMENT} is "
+            "installed into an environment of its own"
+        )
     done = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, check=False)
     if "PackageNotFoundError" in done.stderr:
         raise GhostVisError(
-            f"--energon {python}: this interpreter has no megatron-energon; install: {INSTALL}"
+            f"--energon {python}: this interpreter has no megatron-energon; without --energon, "
+            f"{REQUIREMENT} is installed into an environment of its own"
         )
     if done.returncode != 0:
         raise GhostVisError(
@@ -72,8 +97,9 @@ def measure_energon(
         command = [python, str(WORKER), str(export), str(tars), *sizes]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
+                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+                env=_environment(),
+            )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise GhostVisError(f"energon's measurement took over {_TIMEOUT_S} s") from error
         pictures = opened.num_samples
@@ -91,6 +117,13 @@ def measure_energon(
         images_per_wall_s=pictures / several["wall_s"],
         prepared_per_cpu_s=prepared["samples"] / prepared["cpu_s"],
     )
+
+
+def _environment() -> dict[str, str]:
+    """Of the worker: no search paths of ours, and not the folder of its file, whose names could
+    hide those of the standard library."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**environment, "PYTHONSAFEPATH": "1"}
 
 
 def _last_line(text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from ghostvis_mega.data.encode import Row
 from ghostvis_mega.data.ingest import Source, ingest
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.data.tokenizer import train_tokenizer
-from ghostvis_mega.perf import bench_data
-from ghostvis_mega.perf.bench_energon import energon_version
+from ghostvis_mega.perf import bench_data, bench_energon
+from ghostvis_mega.perf.bench_energon import Energon, energon_version, find_energon
+from ghostvis_mega.perf.energon_install import install_energon
 from ghostvis_mega.perf.synthetic_data import write_synthetic
 from ghostvis_mega.utils.errors import GhostVisError
 
@@ -75,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
 def test_rows_come_from_the_worker_and_have_no_bar(folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     python = program(folder / "fake", FAKE.format(python=sys.executable, lost=0))
-    rows = list(bench_data._energon(folder, python, "energon 7.4.1"))
+    rows = list(bench_data._energon(folder, Energon(python, "7.4.1")))
     assert [row["value"] for row in rows] == [2 * PICTURES / 0.5, PICTURES / 0.25, MEMBERS / 2.0]
     assert [row["unit"] for row in rows] == ["images/s", "images/s", "members/s"]
     assert all(row["name"].startswith("energon 7.4.1 ") for row in rows)
@@ -83,13 +85,19 @@ def test_rows_come_from_the_worker_and_have_no_bar(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == before | {"fake"}
 
 
-def test_a_worker_that_reads_less_or_fails_gives_no_figures(folder: Path) -> None:
+def test_a_worker_that_reads_less_or_fails_gives_no_figures(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fewer = program(folder / "fewer", FAKE.format(python=sys.executable, lost=1))
-    with pytest.raises(GhostVisError, match="energon read 4 pictures of 5"):
-        list(bench_data._energon(folder, fewer, "energon"))
     failing = program(folder / "failing", "#!/bin/sh\necho 'ValueError: no' >&2\nexit 3\n")
-    with pytest.raises(GhostVisError, match="ended with 3: ValueError: no"):
-        list(bench_data._energon(folder, failing, "energon"))
+    for python, problem in (
+        (fewer, "energon read 4 pictures of 5"),
+        (failing, "ended with 3: ValueError: no"),
+    ):
+        rows = list(bench_data._energon(folder, Energon(python, "7.4.1")))
+        assert len(rows) == 3
+        assert all(row["value"] is None and not row["ok"] for row in rows)
+        assert problem in caplog.text
 
 
 def test_an_interpreter_without_energon_is_refused_before_anything_is_timed(
@@ -107,28 +115,102 @@ def test_an_interpreter_without_energon_is_refused_before_anything_is_timed(
         done = CliRunner().invoke(app, ["bench", "data", "--energon", python])
         assert done.exit_code == 2
         assert problem in done.stderr
-        assert "pip install megatron-energon==" in done.stderr
+        assert "without --energon, megatron-energon==" in done.stderr
     asked = program(tmp_path / "asked", "#!/bin/sh\nexit 7\n")
     with pytest.raises(GhostVisError, match="ended with 7"):
         energon_version(asked)
     assert energon_version(program(tmp_path / "has", "#!/bin/sh\necho 7.4.1\n")) == "7.4.1"
 
 
-def test_the_pip_line_is_a_note_beside_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [bench_data.beside("a", 1.0, "x")]
-    given = []
+# Stands for the Python of the bench: makes environments, whose Python has a pip that notes what it
+# is asked for.
+MAKER = """#!/bin/sh
+[ "$1 $2" = "-m venv" ] || exit 9
+mkdir -p "$3/bin" "$3/lib/python{version}/site-packages"
+cp "{inside}" "$3/bin/python"
+"""
+INSIDE = """#!/bin/sh
+if [ "$1" = "-c" ]; then echo 7.4.1; exit; fi
+echo "$PYTHONPATH$@" >> "{log}"
+{then}
+"""
 
-    def measure(folder: Path | None, *, energon: str | None) -> list[dict]:
-        given.append(energon)
-        return rows
 
-    monkeypatch.setattr(bench_data, "measure_data", measure)
-    plain = CliRunner().invoke(app, ["bench", "data", "--json"])
-    assert json.loads(plain.stdout) == rows
-    assert plain.stderr.count("pip install megatron-energon==") == 1
-    named = CliRunner().invoke(app, ["bench", "data", "--json", "--energon", "python3"])
-    assert "pip install" not in named.output
-    assert given == [None, "python3"]
+@pytest.fixture
+def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """A base Python whose environments' pip ends with the given shell line."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", "/of/the/caller")
+
+    def _maker(then: str) -> str:
+        inside = program(tmp_path / "inside", INSIDE.format(log=tmp_path / "log", then=then))
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return program(tmp_path / "base", MAKER.format(version=version, inside=inside))
+
+    return _maker
+
+
+def test_energon_is_installed_once_beside_the_packages_at_hand(
+    tmp_path: Path, maker: Callable[[str], str]
+) -> None:
+    base = maker("exit 0")
+    python = Path(install_energon(base=base))
+    assert install_energon(base=base) == str(python)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == ["-m pip install --quiet --no-input megatron-energon==7.4.1"]
+    (place,) = (tmp_path / "cache" / "ghostvis").iterdir()
+    assert python == place / "bin" / "python"
+    (paths,) = place.glob("lib/*/site-packages/*.pth")
+    assert str(Path(pytest.__file__).parents[1]) in paths.read_text().splitlines()
+    python.unlink()  # as after the Python that it links to was removed
+    assert install_energon(base=base) == str(python)
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+
+
+def test_a_failed_installation_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, maker: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = maker("echo 'WARNING: x' >&2; echo 'ERROR: No matching distribution' >&2; exit 1")
+    with pytest.raises(GhostVisError) as caught:
+        install_energon(base=base)
+    sentence = str(caught.value)
+    assert sentence.startswith(
+        "megatron-energon==7.4.1 could not be installed (ERROR: No matching distribution): "
+    )
+    assert "--no-energon" in sentence
+    assert "\n" not in sentence
+    assert list((tmp_path / "cache" / "ghostvis").iterdir()) == []
+    with pytest.raises(GhostVisError, match=r"could not be installed \(no output\)"):
+        install_energon(base=program(tmp_path / "none", "#!/bin/sh\nexit 1\n"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(GhostVisError, match="could not be installed .*file"):
+        install_energon(base=base)
+
+
+def test_without_energon_our_rows_stand_and_the_command_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> str:
+        raise GhostVisError("it could not be installed")
+
+    ours = [bench_data.at_least("a", 5.0, "x", 5)]
+    monkeypatch.setattr(bench_energon, "install_energon", refuse)
+    for name in ("_plans", "_million", "_loader", "_ingest"):
+        monkeypatch.setattr(bench_data, name, lambda *_: ours)
+    monkeypatch.setattr(bench_data, "photo", lambda _: b"")
+    assert find_energon() == Energon(None, "7.4.1", "it could not be installed")
+    done = CliRunner().invoke(app, ["bench", "data", "--json"])
+    rows = json.loads(done.stdout)
+    assert done.exit_code == 1
+    assert rows[:4] == 4 * ours
+    assert [(row["value"], row["ok"]) for row in rows[4:]] == 3 * [(None, False)]
+    table = CliRunner().invoke(app, ["bench", "data"])
+    assert table.stdout.count("not measured") == 3
+    without = CliRunner().invoke(app, ["bench", "data", "--json", "--no-energon"])
+    assert (without.exit_code, json.loads(without.stdout)) == (0, 4 * ours)
+    both = CliRunner().invoke(app, ["bench", "data", "--no-energon", "--energon", "python3"])
+    assert both.exit_code == 2
 
 
 @pytest.mark.slow
@@ -139,6 +221,6 @@ def test_energon_itself_is_measured(folder: Path) -> None:
             "GHOSTVIS_ENERGON_PYTHON is not set: name the python of an environment that has "
             "megatron-energon"
         )
-    rows = list(bench_data._energon(folder, python, "energon"))
+    rows = list(bench_data._energon(folder, find_energon(python)))
     assert len(rows) == 3
     assert all(row["value"] > 1 for row in rows)

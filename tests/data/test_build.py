@@ -205,6 +205,32 @@ def test_a_second_build_does_nothing(inputs: Path, tmp_path: Path) -> None:
     assert build(changed).manifest.digest != again.manifest.digest
 
 
+def test_a_changed_picture_is_another_input(inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs, tmp_path / "inputs")
+    recipe = load_recipe(_recipe(tmp_path / "inputs", tmp_path))
+    first = build(recipe)
+    picture = tmp_path / "inputs" / "photos" / "3.png"
+    times = (picture.stat().st_atime_ns, picture.stat().st_mtime_ns)
+    touched = (times[0], times[1] + 10**9)
+    # Only touched: the bytes say that nothing is to be done, the time alone does not know.
+    os.utime(picture, ns=touched)
+    assert build(recipe, check=True).up_to_date
+    assert build(recipe).up_to_date
+    Image.effect_noise((40, 30), 9).save(picture)
+    second = build(recipe)
+    assert not second.up_to_date and second.manifest.digest != first.manifest.digest
+    # Other bytes under the old size and time: only --check looks.
+    data = bytearray(picture.read_bytes())
+    stat = picture.stat()
+    data[-5] ^= 1
+    picture.write_bytes(data)
+    os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert build(recipe).up_to_date
+    assert not build(recipe, check=True).up_to_date
+    assert build(recipe, check=True).up_to_date
+    assert build(recipe).up_to_date
+
+
 def test_what_no_build_made_is_not_replaced(inputs: Path, tmp_path: Path) -> None:
     recipe = load_recipe(_recipe(inputs, tmp_path))
     (tmp_path / "made.gvd").mkdir()

@@ -1,9 +1,11 @@
 """What the quick tests take of the certificate's layouts, and those on which steps are skipped."""
 
-from ghostvis_mega.perf.certify.cpu_layouts import HOST, LAYOUTS, TP, VPP
+from ghostvis_mega.perf.certify.cpu_layouts import few_cpu_layouts
+from ghostvis_mega.perf.certify.faults import TP, VPP
 from ghostvis_mega.perf.certify.layout import Layout
 
-__all__ = ["KEPT", "LAYOUTS", "SKIPS"]
+LAYOUTS = few_cpu_layouts(20)
+HOST = ("llm", "vision")
 
 SKIPS = [
     Layout(name="DP4, ZeRO-3", stage=3),

@@ -7,6 +7,7 @@ import typer
 
 from ghostvis_mega.data.build import build
 from ghostvis_mega.data.ingest import dry_run
+from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import open_source
 from ghostvis_mega.data.recipe import load_recipe
 from ghostvis_mega.data.template import load_tokenizer
@@ -20,26 +21,32 @@ def build_command(
     dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
         False
     ),
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Compare the bytes of all inputs, not their sizes and times."),
+    ] = False,
     force: Annotated[bool, typer.Option(help="Build again; replace what is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build a dataset and its plans from a recipe; what is up to date is left alone.
+    """Build a dataset, its plans, statistics and exports; what is up to date is left alone.
 
     Killed at any moment, the same command goes on and gives the same bytes.
 
     The recipe: out: mix.gvd; tokenizer: {vocab: 512} or {file: tokenizer.json}; template: chatml;
-    sources: a list of {format, path, images, ...} as the options of ingest; plans: a list of
-    {seq_length, tokens_per_image}.
+    sources: a list of {format, path, images, ...} as the options of ingest; dedupe: {images: exact,
+    text: exact}; plans: a list of {seq_length, tokens_per_image}; stats: a list of {seq_length,
+    tokens_per_image, html, report}; exports: a list of {format, out}.
 
     Example: python -m tools.preprocess build mix.yaml --workers 2
     """
     loaded = load_recipe(recipe)
-    progress = Progress()
+    meters = Meters()
+    progress = Progress(meters=meters)
     if dry:
         if loaded.tokenizer.file is None:
             raise DataError("--dry-run counts tokens, so it needs `tokenizer.file` in the recipe")
         counted = dry_run(
-            [open_source(spec) for spec in loaded.sources],
+            [open_source(spec, meters) for spec in loaded.sources],
             tokenizer=load_tokenizer(loaded.tokenizer.file, template=loaded.template),
             template=loaded.template,
             progress=progress,
@@ -52,7 +59,9 @@ def build_command(
             f"{counted.tokens} tokens; rejected: {counted.rejected or 'none'}"
         ) if not as_json else print_json(vars(counted))
         return
-    built = build(loaded, workers=workers, force=force, progress=progress)
+    built = build(
+        loaded, workers=workers, force=force, check=check, progress=progress, meters=meters
+    )
     progress.end()
     counts = built.manifest.counts
     if as_json:
@@ -62,6 +71,7 @@ def build_command(
                 "digest": built.manifest.digest,
                 "up_to_date": built.up_to_date,
                 "plans": list(built.plans),
+                "steps": list(built.steps),
                 **counts.model_dump(),
             }
         )
@@ -71,3 +81,5 @@ def build_command(
         f"{built.path}: {what}: {counts.samples} samples, {counts.images} images, "
         f"{counts.tokens} tokens, {counts.rejected} rows rejected, {len(built.plans)} plans"
     )
+    for step in built.steps:
+        print(f"  made {step}")

@@ -8,6 +8,7 @@ import typer
 
 from ghostvis_mega.data.ingest import DryRun, Source, dry_run, ingest
 from ghostvis_mega.data.manifest import Manifest
+from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import FORMATS, SourceSpec, open_source
 from ghostvis_mega.data.readers.vqa import CAPTION_PROMPT
 from ghostvis_mega.data.styles import STYLES
@@ -68,14 +69,16 @@ def ingest_command(
         format=fmt, path=input_path, images=images, annotations=annotations, split=split,
         limit=limit, prompt=prompt, tokenizer=tokenizer,
     )  # fmt: skip
-    sources = [open_source(spec)]
+    meters = Meters()
+    sources = [open_source(spec, meters)]
     loaded = load_tokenizer(tokenizer, template=template)
     if dry:
-        _dry_run(sources, loaded, template, max_tokens, workers, as_json=as_json)
+        progress = Progress(total=limit, meters=meters)
+        _dry_run(sources, loaded, template, max_tokens, workers, progress, as_json=as_json)
         return
     if out is None:
         raise DataError("--out is needed: the directory to make, or --dry-run to write nothing")
-    progress = Progress(total=limit)
+    progress = Progress(total=limit, meters=meters)
     manifest = ingest(
         sources, tokenizer=loaded, path=out, template=template, force=force, progress=progress,
         workers=workers, max_tokens=max_tokens,
@@ -90,10 +93,10 @@ def _dry_run(
     template: str,
     max_tokens: int | None,
     workers: int,
+    progress: Progress,
     *,
     as_json: bool,
 ) -> None:
-    progress = Progress()
     found = dry_run(
         sources, tokenizer=tokenizer, template=template, progress=progress, workers=workers,
         max_tokens=max_tokens,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.utils.format import duration, si
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -71,10 +72,18 @@ class Progress:
 
     Args:
         total: rows that there are, where that is known.
+        meters: how much of the input has been read, where rows are not counted beforehand.
     """
 
-    def __init__(self, *, total: int | None = None, clock: Callable[[], float] = time.monotonic):
-        self._total, self._clock = total, clock
+    def __init__(
+        self,
+        *,
+        total: int | None = None,
+        meters: Meters | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._meters, self._clock = total, meters, clock
+        self._first_share: float | None = None
         self._started = self._printed = clock()
         self._first: int | None = None
         self._terminal = sys.stderr.isatty()
@@ -84,7 +93,7 @@ class Progress:
         """Called often; prints seldom."""
         now = self._clock()
         if self._first is None:  # rows of an interrupted run took no time in this one
-            self._first = rows
+            self._first, self._first_share = rows, self._share(rows)
         if now - self._printed < (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS):
             return
         self._printed = now
@@ -98,10 +107,16 @@ class Progress:
     def _line(self, rows: int, rejected: int, now: float) -> str:
         rate = (rows - (self._first or 0)) / max(now - self._started, 1e-9)
         line = f"{rows} rows, {rejected} rejected, {si(rate)} rows/s"
-        if self._total is not None and rate > 0:
-            left = max(0, self._total - rows) / rate
-            line = f"{line}, {100 * rows / self._total:.0f} %, {duration(left)} left"
+        share, first = self._share(rows), self._first_share or 0.0
+        if share is not None and share > first:
+            left = (now - self._started) * (1 - share) / (share - first)
+            line = f"{line}, {100 * share:.0f} %, {duration(left)} left"
         return line
+
+    def _share(self, rows: int) -> float | None:
+        if self._total is not None:
+            return min(1.0, rows / self._total)
+        return self._meters.share if self._meters is not None else None
 
     def end(self) -> None:
         """Leave the redrawn line."""

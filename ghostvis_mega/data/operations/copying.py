@@ -4,6 +4,7 @@ Tokens, spans, keys, answers and the encoded bytes of pictures are copied as the
 content hash is checked on the way. A picture that several parents hold is stored once.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.layout import ImageFormat
-from ghostvis_mega.data.manifest import Manifest, read_manifest
+from ghostvis_mega.data.manifest import REJECTS, Manifest, read_manifest
 from ghostvis_mega.data.pixels import ImageInfo
 from ghostvis_mega.data.template import Encoded
 from ghostvis_mega.data.writer import DatasetWriter, content_hash
@@ -39,6 +40,8 @@ class Piece:
     dataset: Dataset
     indices: np.ndarray  # int64 [samples]
     dropped: tuple[Dropped, ...] = ()
+    with_ledger: bool = False
+    """The parent's ledger goes on in the result: for a parent that nobody keeps."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,20 @@ class _Copier:
             reason=dropped.reason,
             detail=dropped.detail,
         )
+
+    def copy_ledger(self, number: int) -> None:
+        """Write the parent's ledger into that of the result."""
+        dataset = self.part.pieces[number].dataset
+        names = [source.name for source in dataset.manifest.sources]
+        with open(dataset.path / REJECTS, encoding="ascii") as file:
+            for line in file:
+                row = json.loads(line)
+                self.writer.reject(
+                    key=row["key"],
+                    source=self.first_source[number] + names.index(row["source"]),
+                    reason=row["reason"],
+                    detail=row["detail"],
+                )
 
     def _copy_image(self, dataset: Dataset, image_id: int) -> int:
         data, record = dataset.image_bytes(image_id), dataset.image_index[image_id]
@@ -189,6 +206,8 @@ def write_parts(
             writer = stack.enter_context(_writer(part, described, force=force))
             copier = _Copier(part, writer, first, [{} for _ in part.pieces])
             for number, piece in enumerate(part.pieces):
+                if piece.with_ledger:
+                    copier.copy_ledger(number)
                 for index in piece.indices.tolist():
                     copier.copy(number, index)
                     done += 1

@@ -1,11 +1,12 @@
 """What readers share: JSON read row by row, image names that stay in their folder."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from ghostvis_mega.data.ingest import BadRow, Row
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.data.template import ImagePart, RowError, Turn
 from ghostvis_mega.utils.errors import DataError, MissingDependencyError
 
@@ -21,20 +22,23 @@ def parse(data: bytes) -> tuple[Any, str]:
         return None, str(error) or type(error).__name__
 
 
-def documents(path: Path) -> Iterator[tuple[int, Any, str]]:
+def documents(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, Any, str]]:
     """(row number, parsed row or None, what is wrong with it) of JSON lines or of a JSON list.
 
     Raises:
         DataError: the file cannot be read, or it is no list of rows.
     """
+    meter = meter or Meter()
     try:
+        size = path.stat().st_size
+        meter.expect(size)
         if path.suffix.lower() == ".jsonl":
-            with open(path, "rb") as file:
+            with open(path, "rb") as file, meter.reading(file, size):
                 for number, line in enumerate(file):
                     if line.strip():
                         yield number, *parse(line)
         else:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file, meter.reading(file, size):
                 yield from ((n, row, "") for n, row in enumerate(_stream_list(file)))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
@@ -114,7 +118,12 @@ def read_json(path: Path) -> Any:
     return document
 
 
-def parquet_rows(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator:
+def parquet_rows(
+    path: Path,
+    columns: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    meter: Meter | None = None,
+) -> Iterator:
     """Rows of a parquet file as dictionaries, a batch in memory at a time.
 
     Raises:
@@ -133,9 +142,12 @@ def parquet_rows(path: Path, columns: tuple[str, ...], optional: tuple[str, ...]
             present = file.schema_arrow.names
             if missing := [name for name in columns if name not in present]:
                 raise DataError(f"{path} has no column {missing[0]!r}, only {', '.join(present)}")
+            meter = meter or Meter()
+            meter.expect(file.metadata.num_rows)
             wanted = [name for name in (*columns, *optional) if name in present]
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
                 yield from batch.to_pylist()
+                meter.add(batch.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a readable parquet file ({error})") from error
 
@@ -209,8 +221,14 @@ def make_rows(
     *,
     id_field: str | None = None,
     limit: int | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[Row | BadRow]:
-    """`make(item, key)` of every item, or the reason why not; keys hold the row's number and id."""
+    """`make(item, key)` of every item, or the reason why not; keys hold the row's number and id.
+
+    A `meter` counts items, which must then be a list.
+    """
+    if meter is not None and isinstance(items, Sized):
+        meter.expect(len(items))
     for number, item in enumerate(items):
         if limit is not None and number >= limit:
             return
@@ -220,3 +238,5 @@ def make_rows(
             yield make(item, key)
         except RowError as error:
             yield BadRow(key=key, reason=error.reason, detail=error.detail)
+        if meter is not None:
+            meter.add(1)

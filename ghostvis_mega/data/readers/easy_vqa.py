@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ghostvis_mega.data.ingest import Row, Source
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.utils.errors import DataError, MissingDependencyError
 
@@ -26,10 +27,14 @@ def _load(split: str) -> tuple[tuple[list[str], list[str], list[int]], dict[int,
     raise DataError(f"easy-vqa has no split {split!r}: use {' or '.join(SPLITS)}")
 
 
-def easy_vqa_rows(split: str, *, limit: int | None = None) -> Iterator[Row]:
+def easy_vqa_rows(
+    split: str, *, limit: int | None = None, meter: Meter | None = None
+) -> Iterator[Row]:
     """One row a question, in the package's order; `limit` keeps the first rows only."""
     (questions, answers, image_ids), files = _load(split)
     asked = list(zip(questions, answers, image_ids, strict=True))[:limit]
+    meter = meter or Meter()
+    meter.expect(len(asked))
     for number, (question, answer, image_id) in enumerate(asked):
         yield Row(
             key=f"{NAME}/{split}/{number:06d}",
@@ -37,6 +42,7 @@ def easy_vqa_rows(split: str, *, limit: int | None = None) -> Iterator[Row]:
             images=(Path(files[image_id]),),
             answers=(answer,),
         )
+        meter.add(1)
 
 
 def easy_vqa_source(split: str, *, limit: int | None = None) -> Source:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ghostvis_mega.data.ingest import BadRow, Row, Source
 from ghostvis_mega.data.readers.common import check_folder, documents, image_path
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.data.template import ImagePart, RowError, Turn
 
 PLACEHOLDER = "<image>"
@@ -74,7 +75,11 @@ def _row(document: Any, *, key: str, folder: Path | None) -> Row:
 
 
 def llava_rows(
-    path: Path, *, image_folder: Path | None, limit: int | None = None
+    path: Path,
+    *,
+    image_folder: Path | None,
+    limit: int | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[Row | BadRow]:
     """Rows of a file, in order.
 
@@ -82,7 +87,7 @@ def llava_rows(
         DataError: the file cannot be read, or its rows have images and there is no folder.
     """
     check_folder(image_folder)
-    for number, document, problem in documents(path):
+    for number, document, problem in documents(path, meter):
         if limit is not None and number >= limit:
             return
         name = document.get("id") if isinstance(document, dict) else None

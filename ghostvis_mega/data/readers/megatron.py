@@ -16,6 +16,7 @@ import numpy as np
 from ghostvis_mega.data.export.megatron import DTYPES, INDEX_HEADER, INDEX_VERSION, MegatronFiles
 from ghostvis_mega.data.ingest import TokenRow
 from ghostvis_mega.data.readers.common import read_json
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.utils.errors import DataError
 
 _HEAD = struct.Struct("<9sQBQQ")
@@ -94,7 +95,11 @@ def _check_tokenizer(files: MegatronFiles, sha256: str) -> None:
 
 
 def megatron_rows(
-    prefix: Path, *, tokenizer_sha256: str, limit: int | None = None
+    prefix: Path,
+    *,
+    tokenizer_sha256: str,
+    limit: int | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[TokenRow]:
     """Documents in order, each with all of its sequences joined.
 
@@ -105,6 +110,8 @@ def megatron_rows(
     index = read_index(files)
     _check_tokenizer(files, tokenizer_sha256)
     width = index.dtype.itemsize
+    meter = meter or Meter()
+    meter.expect(len(index.starts))
     with open(files.bin, "rb") as file:
         places = zip(index.starts.tolist(), index.lengths.tolist(), strict=True)
         for number, (_, length) in enumerate(places):
@@ -112,3 +119,4 @@ def megatron_rows(
                 return
             tokens = np.frombuffer(file.read(length * width), dtype=index.dtype)
             yield TokenRow(f"{files.bin.stem}/{number:06d}", tokens)
+            meter.add(1)

@@ -8,8 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ghostvis_mega.data.ingest import BadRow, Row, Source, TokenRow
 from ghostvis_mega.data.readers import easy_vqa, llava, megatron, text, vqa, webdataset
+from ghostvis_mega.data.readers.meter import Meter, Meters, size_of
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import sha256_file
+
+_EASY_VQA_BYTES = 4_000_000
+"""What its questions would take as JSON."""
 
 Rows = Iterator[Row | TokenRow | BadRow]
 
@@ -51,65 +55,75 @@ class SourceSpec(BaseModel):
 class Format:
     """A reader: rows of an input, and a line of help."""
 
-    rows: Callable[[SourceSpec], Rows]
+    rows: Callable[[SourceSpec, Meter], Rows]
     help: str
 
 
-def _vqav2(spec: SourceSpec) -> Rows:
+def _vqav2(spec: SourceSpec, meter: Meter) -> Rows:
     if spec.annotations is None:
         raise DataError("the format vqav2 needs the annotations file as well: --annotations")
     return vqa.vqav2_rows(
-        spec.file(), annotations=spec.annotations, images=spec.images, limit=spec.limit
+        spec.file(), annotations=spec.annotations, images=spec.images, limit=spec.limit, meter=meter
     )
 
 
-def _megatron(spec: SourceSpec) -> Rows:
+def _megatron(spec: SourceSpec, meter: Meter) -> Rows:
     if spec.tokenizer is None or not spec.tokenizer.is_file():
         raise DataError("the format megatron needs the tokenizer file that made its token ids")
     sha256 = sha256_file(spec.tokenizer)
-    return megatron.megatron_rows(spec.file(), tokenizer_sha256=sha256, limit=spec.limit)
+    return megatron.megatron_rows(
+        spec.file(), tokenizer_sha256=sha256, limit=spec.limit, meter=meter
+    )
 
 
 FORMATS: dict[str, Format] = {
     "easy-vqa": Format(
-        lambda spec: easy_vqa.easy_vqa_rows(spec.split, limit=spec.limit),
+        lambda spec, meter: easy_vqa.easy_vqa_rows(spec.split, limit=spec.limit, meter=meter),
         "pictures and questions of the easy-vqa package",
     ),
     "llava": Format(
-        lambda spec: llava.llava_rows(spec.file(), image_folder=spec.images, limit=spec.limit),
+        lambda spec, meter: llava.llava_rows(
+            spec.file(), image_folder=spec.images, limit=spec.limit, meter=meter
+        ),
         "LLaVA / ShareGPT conversations, JSON or JSON lines",
     ),
     "coco-captions": Format(
-        lambda spec: vqa.coco_caption_rows(
-            spec.file(), images=spec.images, limit=spec.limit, prompt=spec.prompt
+        lambda spec, meter: vqa.coco_caption_rows(
+            spec.file(), images=spec.images, limit=spec.limit, meter=meter, prompt=spec.prompt
         ),
         "captions_train2017.json of COCO",
     ),
     "vqav2": Format(_vqav2, "VQAv2 questions, with --annotations"),
     "textvqa": Format(
-        lambda spec: vqa.textvqa_rows(spec.file(), images=spec.images, limit=spec.limit),
+        lambda spec, meter: vqa.textvqa_rows(
+            spec.file(), images=spec.images, limit=spec.limit, meter=meter
+        ),
         "TextVQA_0.5.1_train.json",
     ),
     "chartqa": Format(
-        lambda spec: vqa.chartqa_rows(spec.file(), images=spec.images, limit=spec.limit),
+        lambda spec, meter: vqa.chartqa_rows(
+            spec.file(), images=spec.images, limit=spec.limit, meter=meter
+        ),
         "train_human.json of ChartQA",
     ),
     "chat": Format(
-        lambda spec: text.chat_rows(spec.file(), limit=spec.limit),
+        lambda spec, meter: text.chat_rows(spec.file(), limit=spec.limit, meter=meter),
         "SmolTalk-style `messages`: parquet, JSON or JSON lines",
     ),
     "text": Format(
-        lambda spec: text.text_rows(spec.file(), limit=spec.limit),
+        lambda spec, meter: text.text_rows(spec.file(), limit=spec.limit, meter=meter),
         "documents: text files, a folder of them, or a column `text` (parquet, JSON lines)",
     ),
     "csv": Format(
-        lambda spec: text.csv_rows(
-            spec.file(), images=spec.images, limit=spec.limit, prompt=spec.prompt
+        lambda spec, meter: text.csv_rows(
+            spec.file(), images=spec.images, limit=spec.limit, meter=meter, prompt=spec.prompt
         ),
         "a CSV file beside its pictures",
     ),
     "webdataset": Format(
-        lambda spec: webdataset.webdataset_rows(spec.file(), prompt=spec.prompt, limit=spec.limit),
+        lambda spec, meter: webdataset.webdataset_rows(
+            spec.file(), prompt=spec.prompt, limit=spec.limit, meter=meter
+        ),
         "tars of KEY.jpg with KEY.json or KEY.txt: a file or a folder of them",
     ),
     "megatron": Format(_megatron, "text of Megatron's PREFIX.bin and PREFIX.idx"),
@@ -123,14 +137,27 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def open_source(spec: SourceSpec) -> Source:
-    """The input as a source for `ingest`; rows are read when they are asked for."""
-    rows = find_format(spec.format).rows(spec)
+def open_source(spec: SourceSpec, meters: Meters | None = None) -> Source:
+    """The input as a source for `ingest`; rows are read when they are asked for.
+
+    `meters` gets a part that tells how much has been read.
+    """
+    meter = (meters or Meters()).part(_weight(spec))
+    rows = find_format(spec.format).rows(spec, meter)
     if spec.format == "easy-vqa":
         name, licence = f"{easy_vqa.NAME}/{spec.split}", spec.license or "MIT"
     else:
         name, licence = spec.file().stem, spec.license
     return Source(name=spec.name or name, rows=rows, license=licence)
+
+
+def _weight(spec: SourceSpec) -> int:
+    """Size of an input, to compare it with others: bytes of its rows."""
+    if spec.format == "easy-vqa" or spec.path is None:
+        return _EASY_VQA_BYTES
+    if spec.format == "megatron":
+        return max(1, size_of(spec.path.with_name(spec.path.name + ".bin")))
+    return max(1, size_of(spec.path))
 
 
 def source_text(spec: SourceSpec) -> Iterator[str]:
@@ -140,6 +167,6 @@ def source_text(spec: SourceSpec) -> Iterator[str]:
     elif spec.format == "llava":
         yield from llava.llava_text(spec.file())
     else:
-        for row in find_format(spec.format).rows(spec):
+        for row in find_format(spec.format).rows(spec, Meter()):
             if isinstance(row, Row):
                 yield from (turn.text for turn in row.turns)

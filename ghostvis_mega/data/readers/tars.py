@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ghostvis_mega.data.encode import MAX_IMAGE_BYTES
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.utils.errors import DataError
 
 _BLOCK = 512
@@ -101,15 +102,16 @@ def unsafe_name(name: str) -> bool:
     return not name or path.is_absolute() or ".." in path.parts or "\0" in name
 
 
-def walk_tar(path: Path) -> Iterator[TarMember | BadMember]:
+def walk_tar(path: Path, meter: Meter | None = None) -> Iterator[TarMember | BadMember]:
     """Members of an uncompressed tar in order.
 
     Raises:
         DataError: the file cannot be opened.
     """
     try:
-        with open(path, "rb") as file:
-            yield from _walk(file, path.stat().st_size)
+        size = path.stat().st_size
+        with open(path, "rb") as file, (meter or Meter()).reading(file, size):
+            yield from _walk(file, size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -16,6 +16,7 @@ from ghostvis_mega.data.readers.common import (
     text_field,
     visual_question,
 )
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.data.readers.vqa import CAPTION_PROMPT
 from ghostvis_mega.data.template import DOCUMENT, RowError, Turn
 from ghostvis_mega.utils.errors import DataError
@@ -25,12 +26,14 @@ _IMAGE_COLUMNS = ("image", "file_name", "filepath")
 _CAPTION_COLUMNS = ("caption", "text", "title")
 
 
-def _items(path: Path, column: str, optional: tuple[str, ...]) -> Iterator[Any]:
+def _items(
+    path: Path, column: str, optional: tuple[str, ...], meter: Meter | None
+) -> Iterator[Any]:
     """Rows of parquet, JSON or JSON lines; a broken line is an item that is no dictionary."""
     if path.suffix.lower() == ".parquet":
-        yield from parquet_rows(path, (column,), optional)
+        yield from parquet_rows(path, (column,), optional, meter)
     else:
-        for _, item, problem in documents(path):
+        for _, item, problem in documents(path, meter):
             yield _Broken(problem) if problem else item
 
 
@@ -43,7 +46,9 @@ def _check_line(item: Any) -> None:
         raise RowError("bad_json", str(item))
 
 
-def chat_rows(path: Path, *, limit: int | None = None) -> Iterator[Row | BadRow]:
+def chat_rows(
+    path: Path, *, limit: int | None = None, meter: Meter | None = None
+) -> Iterator[Row | BadRow]:
     """SmolTalk's layout: `messages`, a list of {role, content}; parquet, JSON or JSON lines."""
 
     def make(row: Any, key: str) -> Row:
@@ -54,24 +59,27 @@ def chat_rows(path: Path, *, limit: int | None = None) -> Iterator[Row | BadRow]
         )
         return Row(key=key, turns=turns)
 
-    items = _items(path, "messages", ("id",))
+    items = _items(path, "messages", ("id",), meter)
     yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
 
 
-def text_rows(path: Path, *, limit: int | None = None) -> Iterator[Row | BadRow]:
+def text_rows(
+    path: Path, *, limit: int | None = None, meter: Meter | None = None
+) -> Iterator[Row | BadRow]:
     """Documents: FineWeb's layout (a column `text`; parquet, JSON or JSON lines), or text files.
 
     A text file is a document; of a folder, all .txt and .md files below it are, ordered by name.
     """
     if path.is_dir() or path.suffix.lower() in _TEXT_ENDINGS:
-        yield from make_rows(path.stem, _text_files(path), _text_file_row(path), limit=limit)
+        files, make_file = list(_text_files(path)), _text_file_row(path)
+        yield from make_rows(path.stem, files, make_file, limit=limit, meter=meter)
         return
 
     def make(row: Any, key: str) -> Row:
         _check_line(row)
         return Row(key=key, turns=(Turn(DOCUMENT, (text_field(row, "text"),)),))
 
-    items = _items(path, "text", ("id",))
+    items = _items(path, "text", ("id",), meter)
     yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
 
 
@@ -98,7 +106,12 @@ def _text_file_row(folder: Path) -> Any:
 
 
 def csv_rows(
-    path: Path, *, images: Path | None, limit: int | None = None, prompt: str = CAPTION_PROMPT
+    path: Path,
+    *,
+    images: Path | None,
+    limit: int | None = None,
+    prompt: str = CAPTION_PROMPT,
+    meter: Meter | None = None,
 ) -> Iterator[Row | BadRow]:
     """An image folder and a CSV file with a header line.
 
@@ -107,8 +120,11 @@ def csv_rows(
     """
     check_folder(images)
     folder = path.parent if images is None else images
+    meter = meter or Meter()
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        size = path.stat().st_size
+        meter.expect(size)
+        with open(path, encoding="utf-8-sig", newline="") as file, meter.reading(file, size):
             table = csv.DictReader(file)
             columns = table.fieldnames or ()
             picture = next((name for name in _IMAGE_COLUMNS if name in columns), None)

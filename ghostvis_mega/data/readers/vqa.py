@@ -22,6 +22,7 @@ from ghostvis_mega.data.readers.common import (
     text_field,
     visual_question,
 )
+from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.data.template import RowError
 from ghostvis_mega.utils.errors import DataError
 
@@ -36,7 +37,12 @@ def most_common(answers: list[str]) -> str:
 
 
 def coco_caption_rows(
-    path: Path, *, images: Path | None, limit: int | None = None, prompt: str = CAPTION_PROMPT
+    path: Path,
+    *,
+    images: Path | None,
+    limit: int | None = None,
+    prompt: str = CAPTION_PROMPT,
+    meter: Meter | None = None,
 ) -> Iterator[Row | BadRow]:
     """`captions_*2017.json`: a row a caption, in the order of `annotations`."""
     check_folder(images)
@@ -59,11 +65,16 @@ def coco_caption_rows(
             answers=tuple(captions.get(image_id, (caption,))),
         )
 
-    yield from make_rows(path.stem, annotations, make, id_field="id", limit=limit)
+    yield from make_rows(path.stem, annotations, make, id_field="id", limit=limit, meter=meter)
 
 
 def vqav2_rows(
-    path: Path, *, annotations: Path, images: Path | None, limit: int | None = None
+    path: Path,
+    *,
+    annotations: Path,
+    images: Path | None,
+    limit: int | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[Row | BadRow]:
     """Questions and annotations of VQAv2; pictures are `COCO_{data_subtype}_{image_id:012d}.jpg`.
 
@@ -94,11 +105,11 @@ def vqav2_rows(
         )
 
     rows = questions["questions"]
-    yield from make_rows(path.stem, rows, make, id_field="question_id", limit=limit)
+    yield from make_rows(path.stem, rows, make, id_field="question_id", limit=limit, meter=meter)
 
 
 def textvqa_rows(
-    path: Path, *, images: Path | None, limit: int | None = None
+    path: Path, *, images: Path | None, limit: int | None = None, meter: Meter | None = None
 ) -> Iterator[Row | BadRow]:
     """`TextVQA_0.5.1_{train,val}.json`; pictures are `{image_id}.jpg`."""
     check_folder(images)
@@ -113,11 +124,11 @@ def textvqa_rows(
         )
 
     rows = read_object(path, "data")
-    yield from make_rows(path.stem, rows, make, id_field="question_id", limit=limit)
+    yield from make_rows(path.stem, rows, make, id_field="question_id", limit=limit, meter=meter)
 
 
 def chartqa_rows(
-    path: Path, *, images: Path | None, limit: int | None = None
+    path: Path, *, images: Path | None, limit: int | None = None, meter: Meter | None = None
 ) -> Iterator[Row | BadRow]:
     """`{train,val,test}_{human,augmented}.json`: imgname, query, label; pictures in `png/`."""
     check_folder(images)
@@ -131,4 +142,6 @@ def chartqa_rows(
             answers=(label,),
         )
 
-    yield from make_rows(path.stem, (row for _, row, _ in documents(path)), make, limit=limit)
+    yield from make_rows(
+        path.stem, (row for _, row, _ in documents(path, meter)), make, limit=limit
+    )

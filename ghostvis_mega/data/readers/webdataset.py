@@ -15,6 +15,7 @@ from typing import Any
 from ghostvis_mega.data.ingest import BadRow, Row
 from ghostvis_mega.data.readers.common import list_field, parse, text_field, visual_question
 from ghostvis_mega.data.readers.llava import conversation_turn
+from ghostvis_mega.data.readers.meter import Meter, size_of
 from ghostvis_mega.data.readers.tars import BadMember, TarMember, walk_tar
 from ghostvis_mega.data.template import MAX_IMAGES, ImagePart, RowError, Turn
 from ghostvis_mega.utils.errors import DataError
@@ -51,10 +52,10 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", part
 
 
-def _samples(path: Path) -> Iterator[_Sample | BadMember]:
+def _samples(path: Path, meter: Meter) -> Iterator[_Sample | BadMember]:
     """Samples of one tar and what is wrong with the tar, in order."""
     current: _Sample | None = None
-    for member in walk_tar(path):
+    for member in walk_tar(path, meter):
         key, part = _split_name(member.name)
         if isinstance(member, BadMember):
             # A sample that loses a file is no sample any more.
@@ -168,7 +169,9 @@ def _identity(document: Any, key: str) -> tuple[str, tuple[str, ...]]:
     return own if isinstance(own, str) and own else key, tuple(answers)
 
 
-def webdataset_rows(path: Path, *, prompt: str, limit: int | None = None) -> Iterator[Row | BadRow]:
+def webdataset_rows(
+    path: Path, *, prompt: str, limit: int | None = None, meter: Meter | None = None
+) -> Iterator[Row | BadRow]:
     """Rows of a tar, or of all .tar files of a folder in the order of their names.
 
     Args:
@@ -180,9 +183,10 @@ def webdataset_rows(path: Path, *, prompt: str, limit: int | None = None) -> Ite
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise DataError(f"{path} holds no .tar")
-    count = 0
+    count, meter = 0, meter or Meter()
+    meter.expect(sum(size_of(tar) for tar in tars))
     for tar in tars:
-        for sample in _samples(tar):
+        for sample in _samples(tar, meter):
             if limit is not None and count >= limit:
                 return
             count += 1

@@ -3,10 +3,19 @@
 Needs no torch, so that they can be listed at once.
 """
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
-from ghostvis_mega.perf.certify.cpu_layouts import CP, PP, ROWS_OF_TWO, TP, TPPP, UNPACKED, VPP
-from ghostvis_mega.perf.certify.layout import Layout
+from ghostvis_mega.perf.certify.layout import Layout, Sections, parallel
+
+TP: Sections = {"parallel": parallel(2)}
+PP: Sections = {"parallel": parallel(1, 2)}
+CP: Sections = {"parallel": parallel(context=2)}
+VPP: Sections = {"parallel": parallel(1, 2, 2)}
+TPPP: Sections = {"parallel": parallel(2, 2)}
+ROWS_OF_TWO: Sections = {"batch": {"micro_size": 2}}
+UNPACKED: Sections = {"data": {"packing": False}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,46 @@ class Fault:
     """Regular expression of the parameters whose first gradient must be far off."""
     spared: str = "$^"
     """Parameters whose first gradient must stay right."""
+
+
+FAR = 1e-2
+"""What the first gradient of a hit parameter must exceed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a report says of a planted fault."""
+
+    where: str
+    """The parameter that moved most of those that the fault should move."""
+    value: float
+    unit: str
+    bar: float
+    """What `value` had to exceed."""
+    seen: bool
+    """Every parameter that should be wrong is far off, every one that should be right is right."""
+
+
+def finding(fault: Fault, row: dict[str, Any], *, bar: float) -> Finding:
+    """Judge the measurement of a broken layout.
+
+    Args:
+        fault: What was planted.
+        row: Of `lab.Lab.measure`.
+        bar: What a gradient may be off.
+    """
+    gradients = row["gradients"]
+    hit = {name: error for name, error in gradients.items() if re.search(fault.hit, name)}
+    spared = [error for name, error in gradients.items() if re.search(fault.spared, name)]
+    kept = all(error <= bar for error in spared)
+    if not hit:
+        # The first gradient is right, and what is done with it is not.
+        value = row["weight_error"]
+        seen = kept and value > 10 * bar and row["norm_error"] > 10 * bar
+        return Finding(f"weight, {row['weight_name']}", value, "relative L2", 10 * bar, seen)
+    worst = max(hit, key=lambda name: hit[name])
+    far = all(error > FAR for error in hit.values())
+    return Finding(f"gradient, {worst}", hit[worst], "relative L2", FAR, kept and far)
 
 
 FAULTS = [

@@ -62,14 +62,22 @@ class Lab:
 
     Args:
         folder: Seen by all ranks; takes the references and this rank's DeepSpeed files.
+        groups: Those that exist already, if any.
         device: Of this process.
         steps: Optimizer steps of each measurement.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device = CPU, steps: int = STEPS):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        groups: Groups | None = None,
+        device: torch.device = CPU,
+        steps: int = STEPS,
+    ):
         self.folder, self.device, self.steps = folder, device, steps
         self.truths: dict[str, Truth] = {}
-        self._groups: Groups | None = None
+        self._groups = groups
 
     def case(self, layout: Layout) -> Case:
         """A layout of the small random problem."""

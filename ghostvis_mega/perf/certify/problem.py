@@ -136,7 +136,8 @@ def make_run(
         engine: _deepspeed_file(folder, own, overlap, offload=engine in offload)
         for engine, own in stages.items()
     }
-    if files["vision"] == files["llm"]:
+    frozen = sections.get("train", {}).get("freeze", ())
+    if files["vision"] == files["llm"] or "projector" in frozen:
         del files["vision"]
     base = {
         "model": MODEL,
@@ -157,6 +158,8 @@ def make_run(
 
 
 def _deepspeed_file(folder: Path, stage: int, overlap: bool, *, offload: bool) -> str:
+    # Proved with stage 1 on the device alone, and refused elsewhere.
+    overlap = overlap and stage == 1 and not offload
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}

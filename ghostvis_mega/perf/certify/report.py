@@ -1,5 +1,14 @@
 """Verdicts on measurements, and the tables they are shown in. Needs no torch."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ghostvis_mega.perf.certify.faults import Fault, finding
+
 GRADIENT_BAR = 1e-5
 """Relative L2 distance of each parameter's first gradient, fp32."""
 WEIGHT_BAR = 1e-5
@@ -8,3 +17,177 @@ LOSS_BAR = 1e-6
 """Relative, the worst of the steps."""
 NORM_BAR = 1e-5
 """Relative, of the joint gradient norm, the worst of the steps."""
+NOISE_FACTOR = 2.0
+"""BF16: a layout's joint gradient error over that of one process that computes in BF16 too."""
+
+Verdict = Literal["fine", "red", "not run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one layout or fault: figures, or the reason why there are none."""
+
+    name: str
+    row: dict[str, Any] | None = None
+    """Of `lab.Lab.measure`."""
+    failure: str | None = None
+    """It raised, hung or was refused."""
+    not_run: str | None = None
+    """It was not tried."""
+    fault: Fault | None = None
+    """What was planted."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Fine only if it ran and every figure with a bar keeps it (a fault: breaks it)."""
+        if self.not_run is not None:
+            return "not run"
+        if self.row is None:
+            return "red"
+        return "fine" if all(figure["ok"] is not False for figure in self.figures()) else "red"
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Rows of name, value, unit, bar and ok."""
+        if self.row is None:
+            why, ok = (self.not_run, None) if self.failure is None else (self.failure, False)
+            label = "not run" if self.failure is None else "failed"
+            return [_figure(f"{self.name}: {label}, {why}", None, "", None, ok)]
+        if self.fault is not None:
+            found = finding(self.fault, self.row, bar=GRADIENT_BAR)
+            name = f"fault, {self.name}: {found.where}"
+            return [_figure(name, found.value, found.unit, found.bar, found.seen)]
+        figures = _fp32_figures if self.row.get("noise") is None else _noise_figures
+        return figures(self.name, self.row)
+
+
+def _figure(
+    name: str, value: float | None, unit: str, bar: float | None, ok: bool | None
+) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}
+
+
+def _fp32_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = (
+        (f"worst gradient, {row['gradient_name']}", row["gradient_error"], GRADIENT_BAR),
+        ("loss", row["loss_error"], LOSS_BAR),
+        (f"worst weight, {row['weight_name']}", row["weight_error"], WEIGHT_BAR),
+        ("joint norm", row["norm_error"], NORM_BAR),
+    )
+    units = ("relative L2", "relative", "relative L2", "relative")
+    figures = [
+        # Written so that a NaN is over its bar.
+        _figure(f"{name}: {what}", value, unit, bar, value <= bar)
+        for (what, value, bar), unit in zip(entries, units, strict=True)
+    ]
+    return [*figures, _figure(f"{name}: time", row["seconds"], "s", None, None)]
+
+
+def _noise_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    noise = row["noise"]
+    bar = NOISE_FACTOR * noise["joint_error"]
+    joint = row["joint_error"]
+    return [
+        _figure(f"{name}: joint gradient", joint, "relative L2", bar, joint <= bar),
+        _figure(f"{name}: one BF16 process", noise["joint_error"], "relative L2", None, None),
+        _figure(
+            f"{name}: worst gradient over its noise, {row['ratio_name']}",
+            row["ratio"],
+            "times",
+            None,
+            None,
+        ),
+        _figure(f"{name}: loss", row["loss_error"], "relative", None, None),
+        _figure(f"{name}: joint norm", row["norm_error"], "relative", None, None),
+        _figure(f"{name}: time", row["seconds"], "s", None, None),
+    ]
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 when everything that ran is fine and something ran, else 1."""
+    verdicts = [outcome.verdict for outcome in outcomes]
+    return 0 if "red" not in verdicts and "fine" in verdicts else 1
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """One line: how many layouts are fine, red, not run; how many faults were seen."""
+    parts = []
+    for planted, noun, good, bad in (
+        (False, "layouts", "fine", "NOT fine"),
+        (True, "planted faults", "seen", "NOT seen"),
+    ):
+        chosen = [o.verdict for o in outcomes if (o.fault is not None) == planted]
+        if not chosen:
+            continue
+        text = f"{chosen.count('fine')} of {len(chosen)} {noun} {good}"
+        text += f", {chosen.count('red')} {bad}" if "red" in chosen else ""
+        text += f", {chosen.count('not run')} not run" if "not run" in chosen else ""
+        parts.append(text)
+    return "; ".join(parts)
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """One line of the table: name, gradient, parameter, loss, weights, norm, seconds, verdict."""
+    row, fault = outcome.row, outcome.fault
+    name = f"fault: {outcome.name}" if fault is not None else outcome.name
+    words = {"fine": "seen", "red": "NOT SEEN"} if fault is not None else {"red": "RED"}
+    verdict = words.get(outcome.verdict, outcome.verdict)
+    if row is None:
+        return [name, "", "", "", "", "", "", verdict]
+    if fault is not None:
+        found = finding(fault, row, bar=GRADIENT_BAR)
+        gradient, where = f"{row['gradient_error']:.1e}", f"{found.where} ({found.value:.1e})"
+    elif row.get("noise") is not None:
+        noise = row["noise"]["joint_error"]
+        gradient = f"{row['joint_error']:.2e} ({row['joint_error'] / noise:.2f} x noise)"
+        where = f"{row['ratio_name']} ({row['ratio']:.1f} x)"
+    else:
+        gradient, where = f"{row['gradient_error']:.1e}", row["gradient_name"]
+    numbers = [f"{row[key]:.1e}" for key in ("loss_error", "weight_error", "norm_error")]
+    return [name, gradient, where, *numbers, f"{row['seconds']:.1f}", verdict]
+
+
+COLUMNS = ("layout", "gradient", "worst parameter", "loss", "weights", "norm", "s", "")
+
+
+def show(outcomes: Sequence[Outcome], *, title: str) -> None:
+    """Print the table."""
+    table = Table(title=title)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for outcome in outcomes:
+        table.add_row(*cells(outcome))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    for reason in reasons(outcomes):
+        console.print(reason, markup=False)
+    console.print(summary(outcomes), markup=False)
+
+
+def reasons(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each layout without figures."""
+    return [
+        f"{outcome.name}: {outcome.failure or f'not run, {outcome.not_run}'}."
+        for outcome in outcomes
+        if outcome.row is None
+    ]
+
+
+def markdown(outcomes: Sequence[Outcome], *, command: str) -> str:
+    """The table for documentation, with the command that makes it; no times, which would change."""
+    shown = [column or "verdict" for column in COLUMNS if column != "s"]
+    lines = [
+        f"Made by `{command}`.",
+        "",
+        f"{summary(outcomes)}.",
+        "",
+        f"| {' | '.join(shown)} |",
+        f"|{'---|' * len(shown)}",
+    ]
+    for outcome in outcomes:
+        parts = cells(outcome)
+        del parts[COLUMNS.index("s")]
+        lines.append(f"| {' | '.join(parts)} |")
+    lines += ["", *(f"* {reason}" for reason in reasons(outcomes))] if reasons(outcomes) else []
+    return "\n".join(lines) + "\n"
