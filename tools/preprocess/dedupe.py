@@ -41,7 +41,7 @@ def dedupe_command(
         typer.Option(metavar="EVAL.gvd", help="Look for samples that this set holds as well."),
     ] = None,
     images: Annotated[
-        Match, typer.Option(help="near: 64-bit difference hash, at most 4 bits apart.")
+        Match, typer.Option(help="near: copies that were compressed or resized.")
     ] = Match.EXACT,
     text: Annotated[
         Match, typer.Option(help="near: 0.8 of the token triples are shared.")

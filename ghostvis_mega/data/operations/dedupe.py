@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +18,20 @@ import numpy as np
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.layout import Role
 from ghostvis_mega.data.operations.copying import Dropped, check_compatible
-from ghostvis_mega.data.operations.similarity import near_pictures, near_texts, picture_hash
+from ghostvis_mega.data.operations.similarity import (
+    near_pictures,
+    near_texts,
+    picture_hash,
+    picture_places,
+    same_places,
+)
 from ghostvis_mega.utils.errors import DataError
 
 Match = Literal["exact", "near", "ignore"]
 Progress = Callable[[int, int], None]
 _EXAMPLES = 20
+_LOOKS_KEPT = 1 << 16
+"""Second looks at pictures that stay in memory, 2 KB each."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +116,32 @@ class _Pool:
         hashes = np.empty(len(fresh), dtype=np.uint64)
         thumbnails = np.empty((len(fresh), 48), dtype=np.uint8)
         for place, image in enumerate(fresh.tolist()):
-            number = int(self.image_dataset[image])
-            data = self.datasets[number].image_bytes(image - self._image_starts[number])
-            hashes[place], thumbnails[place] = picture_hash(data)
+            hashes[place], thumbnails[place] = picture_hash(self._image_bytes(image))
             if progress is not None:
                 progress(place + 1, len(fresh))
         self.seconds["hash_images"] = time.monotonic() - started
         started = time.monotonic()
+
+        @lru_cache(_LOOKS_KEPT)
+        def look(place: int) -> np.ndarray:
+            return picture_places(self._image_bytes(int(fresh[place])))
+
         near = fresh[
-            near_pictures(hashes, thumbnails, references=self._references(fresh, "images"))
+            near_pictures(
+                hashes,
+                thumbnails,
+                alike=lambda one, other: same_places(look(one), look(other)),
+                references=self._references(fresh, "images"),
+            )
         ]
         self.seconds["compare_images"] = time.monotonic() - started
         twins = np.empty(len(self.exact_images), dtype=np.int64)
         twins[fresh] = near
         return twins[self.exact_images]
+
+    def _image_bytes(self, image: int) -> bytes:
+        number = int(self.image_dataset[image])
+        return self.datasets[number].image_bytes(image - self._image_starts[number])
 
     def _references(self, fresh: np.ndarray, what: Literal["images", "samples"]) -> int:
         """How many of `fresh` belong to the set that another one is compared with."""
