@@ -11,6 +11,7 @@ from ghostvis_mega.cli.convert import convert_app
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
 from ghostvis_mega.cli.leak import LEAK_HELP, leak
 from ghostvis_mega.cli.simulate_dispatch import SIMULATE_DISPATCH_HELP, simulate_dispatch
+from ghostvis_mega.cli.stress import STRESS_HELP, stress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +24,7 @@ app.command(help=CHECK_HELP)(check)
 app.command(help=CERTIFY_HELP)(certify)
 app.command(help=GRADIENTS_HELP)(gradients)
 app.command(help=LEAK_HELP)(leak)
+app.command(help=STRESS_HELP)(stress)
 
 bench_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Time parts of the system against bars."

@@ -6,8 +6,12 @@ rank sends another is what that one receives, part by part. Nothing here needs a
 that the dumps of a job that hangs are compared in the same way.
 """
 
+import hashlib
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -24,6 +28,25 @@ class Tally(NamedTuple):
 
 
 NOTHING = Tally(0, "")
+
+
+class Stream:
+    """A count and a rolling digest."""
+
+    __slots__ = ("count", "_digest")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    def add(self, text: str) -> int:
+        """Take one call; returns its number, from 1."""
+        self.count += 1
+        self._digest.update(f"{text}\n".encode())
+        return self.count
+
+    def tally(self) -> Tally:
+        return Tally(self.count, self._digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,8 @@ class Record:
     """What one rank tells the others: tallies of everything, and its latest calls."""
 
     rank: int
+    comparisons: int = 0
+    """With the other ranks, so far."""
     groups: Mapping[str, GroupInfo] = field(default_factory=dict)
     collectives: Mapping[str, Tally] = field(default_factory=dict)
     """By group."""
@@ -95,6 +120,7 @@ class Record:
 
         return cls(
             rank=data["rank"],
+            comparisons=data["comparisons"],
             groups={
                 name: GroupInfo(info["label"], tuple(info["ranks"]))
                 for name, info in data["groups"].items()
@@ -113,15 +139,92 @@ def call_from_json(row: Mapping[str, Any]) -> Call:
     return Call(**{**row, **parts})
 
 
+def head_line(comparisons: int) -> str:
+    """First line of a rank's file."""
+    return json.dumps({"comparisons": comparisons}) + "\n"
+
+
+def line_of(call: Call, group: GroupInfo) -> str:
+    """A call as a line of a rank's file; written at every call, so it is a plain list."""
+    parts = [
+        [(part.peer, part.number, part.what) for part in side]
+        for side in (call.sent, call.received)
+    ]
+    values = (call.at, call.group, call.number, call.what, call.place)
+    return json.dumps([group.label, group.ranks, *values, *parts]) + "\n"
+
+
+def read_record(path: Path, *, rank: int) -> Record:
+    """What a rank has left in its file, however it ended: its calls since the last comparison.
+
+    Tallies count these alone, so only records after the same comparison fit together.
+    """
+    calls: list[Call] = []
+    groups: dict[str, GroupInfo] = {}
+    head, *lines = path.read_text().splitlines()
+    for line in lines:
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the rank was killed while it wrote its last line
+        label, ranks, *values, sent, received = data
+        call = Call(
+            *values,
+            sent=tuple(Part(*part) for part in sent),
+            received=tuple(Part(*part) for part in received),
+        )
+        groups[call.group] = GroupInfo(label, tuple(ranks))
+        calls.append(call)
+    return _record_of(calls, groups, rank=rank, comparisons=json.loads(head)["comparisons"])
+
+
+def _record_of(
+    calls: Sequence[Call], groups: dict[str, GroupInfo], *, rank: int, comparisons: int
+) -> Record:
+    """A record whose tallies count the given calls."""
+    collectives, shared, sent, received = (defaultdict(Stream) for _ in range(4))
+    for call in calls:
+        if call.number:
+            collectives[call.group].add(call.what)
+            for peer in groups[call.group].ranks:
+                if peer != rank:
+                    shared[peer].add(f"{call.group} {call.what}")
+        for streams, parts in ((sent, call.sent), (received, call.received)):
+            for part in parts:
+                streams[f"{call.group}>{part.peer}"].add(part.what)
+    return Record(
+        rank=rank,
+        comparisons=comparisons,
+        groups=groups,
+        collectives=tallies(collectives),
+        shared=tallies(shared),
+        sent=tallies(sent),
+        received=tallies(received),
+        calls=tuple(calls),
+    )
+
+
+def tallies(streams: Mapping[Any, Stream]) -> dict[Any, Tally]:
+    return {key: stream.tally() for key, stream in streams.items()}
+
+
+_Found = tuple[float, int, str]
+
+
 def first_difference(records: Sequence[Record]) -> str | None:
     """One or more sentences about the first calls that do not fit together; None if all do.
 
     Args:
         records: Of all ranks, or of those that left one; tallies decide, calls give the details.
     """
+    if len({record.comparisons for record in records}) > 1:
+        done = ", ".join(f"rank {record.rank} after {record.comparisons}" for record in records)
+        return f"The ranks stopped at different comparisons: {done}."
     ranks = {record.rank: record for record in records}
     groups = {name: info for record in records for name, info in record.groups.items()}
-    found: list[tuple[float, str]] = []
+    # (calls before it, ranks that lack it, sentence): where one rank goes on alone, the call that
+    # it left out is the cause, and what it met alone the consequence.
+    found: list[_Found] = []
     for name, info in groups.items():
         members = [ranks[rank] for rank in info.ranks if rank in ranks]
         if len({member.collectives.get(name, NOTHING) for member in members}) > 1:
@@ -148,16 +251,14 @@ def first_difference(records: Sequence[Record]) -> str | None:
         ]
     if not found:
         return None
-    found.sort(key=lambda item: item[0])
+    found.sort(key=lambda item: item[:2])
     more = len(found) - 1
     tail = f" ({more} more {'difference' if more == 1 else 'differences'} follow.)" if more else ""
-    return found[0][1] + tail
+    return found[0][2] + tail
 
 
-def _difference_in_group(
-    name: str, info: GroupInfo, members: Sequence[Record]
-) -> tuple[float, str]:
-    """Where it is (calls since the start of the rank that is first there), and the sentence."""
+def _difference_in_group(name: str, info: GroupInfo, members: Sequence[Record]) -> _Found:
+    """Calls of the rank that is first there, number of ranks that lack it, and the sentence."""
     calls = {
         member.rank: {call.number: call for call in member.calls if call.group == name}
         for member in members
@@ -173,20 +274,24 @@ def _difference_in_group(
         what = {rank: str(call) if call else None for rank, call in here.items()}
         if len(set(what.values())) > 1:
             at = min(call.at for call in here.values() if call)
-            sides = [
-                f"{_ranks(same)} {f'made {text}' if text else _none_made(same, counts)}"
-                for text, same in _grouped(what)
-            ]
-            return at, f"Group {info}, call {number}: {'; '.join(sides)}."
+            sides = [f"{_ranks(same)} made {text}" for text, same in _grouped(what) if text]
+            absent = [member for member in members if here[member.rank] is None]
+            sides += [_none_made(member, counts[member.rank]) for member in absent]
+            return at, len(absent), f"Group {info}, call {number}: {'; '.join(sides)}."
     told = ", ".join(f"rank {rank} {count}" for rank, count in counts.items())
-    return float("inf"), (
+    text = (
         f"Group {info}: the ranks made different calls ({told} in all), the first of them before "
         "the latest calls that are kept. Compare more often."
     )
+    return float("inf"), 0, text
 
 
-def _none_made(ranks: Sequence[int], counts: Mapping[int, int]) -> str:
-    return f"made only {counts[ranks[0]]} calls" if counts[ranks[0]] else "made no call"
+def _none_made(member: Record, count: int) -> str:
+    made = f"made only {count} calls" if count else "made no call"
+    if not member.calls:
+        return f"rank {member.rank} {made}"
+    last = member.calls[-1]
+    return f"rank {member.rank} {made}, and last of all {last} in group {member.groups[last.group]}"
 
 
 def _grouped(what: Mapping[int, str | None]) -> list[tuple[str | None, list[int]]]:
@@ -201,9 +306,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
-def _difference_in_parts(
-    name: str, info: GroupInfo, source: Record, target: Record
-) -> tuple[float, str]:
+def _difference_in_parts(name: str, info: GroupInfo, source: Record, target: Record) -> _Found:
     """As `_difference_in_group`, for what `source` sends `target`."""
     sent = _parts(source, name, target.rank, "sent")
     received = _parts(target, name, source.rank, "received")
@@ -216,14 +319,16 @@ def _difference_in_parts(
             for part, call in (given or (None, None), taken or (None, None))
         )
         at = min(call.at for _, call in filter(None, (given, taken)))
-        return at, (
+        text = (
             f"Group {info}, part {number} from rank {source.rank} to rank {target.rank}: rank "
             f"{source.rank} sent {left}; rank {target.rank} expected {right}."
         )
-    return float("inf"), (
+        return at, int(not taken) + int(not given), text
+    text = (
         f"Group {info}: what rank {source.rank} sent is not what rank {target.rank} expected, "
         "first before the latest calls that are kept. Compare more often."
     )
+    return float("inf"), 0, text
 
 
 def _parts(record: Record, name: str, peer: int, side: str) -> dict[int, tuple[Part, Call]]:
@@ -236,9 +341,7 @@ def _parts(record: Record, name: str, peer: int, side: str) -> dict[int, tuple[P
     }
 
 
-def _difference_in_order(
-    groups: Mapping[str, GroupInfo], one: Record, other: Record
-) -> tuple[float, str]:
+def _difference_in_order(groups: Mapping[str, GroupInfo], one: Record, other: Record) -> _Found:
     """As `_difference_in_group`, for groups that two ranks share and take in another order."""
     common = {name for name, info in groups.items() if {one.rank, other.rank} <= set(info.ranks)}
     lists = [
@@ -247,12 +350,14 @@ def _difference_in_order(
     ]
     for first, second in zip(*lists, strict=False):
         if (first.group, first.number) != (second.group, second.number):
-            return first.at, (
+            text = (
                 f"Ranks {one.rank} and {other.rank} take their groups in different orders: rank "
                 f"{one.rank} made {first} in group {groups[first.group]} where rank {other.rank} "
                 f"made {second} in group {groups[second.group]}."
             )
-    return float("inf"), (
+            return first.at, 0, text
+    text = (
         f"Ranks {one.rank} and {other.rank} took their groups in different orders before the "
         "latest calls that are kept. Compare more often."
     )
+    return float("inf"), 0, text

@@ -101,7 +101,7 @@ def launch_self(
                 timeout_s=timeout_s,
                 folder=Path(folder),
                 environment=own | dict(environment or {}),
-                show_first=True,
+                first_output=1,
             )
         except RankHang as hang:
             sys.stderr.write(f"{hang}\n")
@@ -119,7 +119,7 @@ def run_ranks(
     timeout_s: float,
     folder: Path,
     environment: Mapping[str, str],
-    show_first: bool = False,
+    first_output: int | None = None,
 ) -> None:
     """Run a script or module on `ranks` processes of this machine; none outlives the call.
 
@@ -129,7 +129,8 @@ def run_ranks(
         timeout_s: From the start to the end of the slowest rank.
         folder: Empty or new; takes the output and the stacks.
         environment: Variables beside those of this process.
-        show_first: Rank 0 writes where this process does, not into `folder`.
+        first_output: File descriptor for what rank 0 prints, its errors then going where this
+            process's go; None: into `folder`.
 
     Raises:
         RankError: A rank failed.
@@ -153,15 +154,18 @@ def run_ranks(
     try:
         for rank in range(ranks):
             with contextlib.ExitStack() as files:
-                output = None
-                if rank or not show_first:
-                    output = files.enter_context(_output_file(folder, rank).open("w"))
+                shown = rank == 0 and first_output is not None
+                output = (
+                    first_output
+                    if shown
+                    else files.enter_context(_output_file(folder, rank).open("w"))
+                )
                 processes.append(
                     subprocess.Popen(
                         command,
                         env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=output,
-                        stderr=output,
+                        stderr=None if shown else output,
                         start_new_session=True,
                     )
                 )

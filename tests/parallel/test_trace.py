@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed import ProcessGroup
 
-from ghostvis_mega.parallel.trace import TRACED, read_record
+from ghostvis_mega.parallel.trace_calls import TRACED
 from ghostvis_mega.parallel.trace_compare import (
     Call,
     GroupInfo,
@@ -17,6 +17,7 @@ from ghostvis_mega.parallel.trace_compare import (
     Record,
     Tally,
     first_difference,
+    read_record,
 )
 from tests.launch import launch
 
@@ -138,10 +139,10 @@ def test_the_files_of_a_dead_job_say_the_same(seen: dict[str, Any], name: str) -
 def test_a_line_cut_by_a_kill_is_left_out(seen: dict[str, Any], tmp_path: Path) -> None:
     text = (Path(seen["folder"]) / "skip0.jsonl").read_text()
     whole = len(text.splitlines())
-    assert whole == 3
+    assert whole == 1 + 3
     cut = tmp_path / "cut.jsonl"
     cut.write_text(text[:-20])
-    assert len(read_record(cut, rank=0).calls) == whole - 1
+    assert len(read_record(cut, rank=0).calls) == 3 - 1
 
 
 def make_record(rank: int, texts: list[str], *, start: int = 1) -> Record:
@@ -163,7 +164,10 @@ def make_record(rank: int, texts: list[str], *, start: int = 1) -> Record:
 
 def test_a_rank_that_made_fewer_calls_is_named() -> None:
     message = first_difference([make_record(0, ["a", "b", "c"]), make_record(1, ["a", "b"])])
-    assert message == ("Group data [0, 1], call 3: rank 0 made c (here); rank 1 made only 2 calls.")
+    assert message == (
+        "Group data [0, 1], call 3: rank 0 made c (here); rank 1 made only 2 calls, "
+        "and last of all b (here) in group data [0, 1]."
+    )
 
 
 def test_a_difference_that_is_no_longer_remembered_is_still_one() -> None:
@@ -172,6 +176,14 @@ def test_a_difference_that_is_no_longer_remembered_is_still_one() -> None:
     assert message is not None
     assert "before the latest calls that are kept" in message
     assert "rank 0 3, rank 1 3" in message
+
+
+def test_ranks_that_compared_unequally_often_are_not_compared() -> None:
+    first = make_record(0, ["a"])
+    message = first_difference([first, dataclasses.replace(make_record(1, ["b"]), comparisons=3)])
+    assert message == (
+        "The ranks stopped at different comparisons: rank 0 after 0, rank 1 after 3."
+    )
 
 
 def test_a_record_survives_json() -> None:

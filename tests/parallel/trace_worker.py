@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import build_groups
 from ghostvis_mega.parallel.plan import Degrees
-from ghostvis_mega.parallel.trace import TRACED, CollectiveTrace, group_labels, trace_store
+from ghostvis_mega.parallel.trace import CollectiveTrace, group_labels, trace_store
+from ghostvis_mega.parallel.trace_calls import TRACED
 from ghostvis_mega.parallel.trace_compare import TraceMismatch
 from tests.launch import write_result
 

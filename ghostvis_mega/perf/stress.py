@@ -1,0 +1,322 @@
+"""Training on the worst batches in turn, in several layouts, with every rank's calls compared.
+
+Each layout trains a tiny model through the ordinary loop, feed, decoder and checkpoints. Batches
+are drawn from `perf.stress_data` step by step; now and then one rank's loss is no number. A job
+hangs where ranks disagree about the next call, so they are compared every few steps.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.data.batch import GlobalBatch, SequenceMeta
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.step import StepInput, TrainEngine
+from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.parallel.trace import CollectiveTrace, group_labels, trace_store
+from ghostvis_mega.perf.stress_data import KINDS
+from ghostvis_mega.perf.stress_layouts import (
+    StressJob,
+    StressLayout,
+    settings_of,
+    split_steps,
+)
+from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.train.loop import Loop
+from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.build import Observers
+from ghostvis_mega.train.preflight import check_run
+from ghostvis_mega.train.previews import Previewer
+from ghostvis_mega.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+COMPARE_EVERY = 10
+"""Steps between comparisons."""
+NAN_SHARE = 0.04
+"""Steps on which one rank's loss is no number."""
+_FIRST_FAULT = 3
+
+
+class Stream:
+    """A feed for the loop that turns to another dataset at every step, in an order that the seed
+    alone decides.
+
+    Args:
+        run: Settings.
+        groups: Of this rank.
+        data: Folder of the datasets.
+        seed: Of the order.
+    """
+
+    def __init__(self, run: RunConfig, groups: Groups, data: Path, *, seed: str):
+        self.groups, self.seed = groups, seed
+        self.feeds = {kind: Feed(run, groups, Dataset.open(data / f"{kind}.gvd")) for kind in KINDS}
+        self.kinds: Counter[str] = Counter()
+        self.current = self.feeds["mixed"]
+        self.poisoned: int | None = None
+        """Rank whose loss is no number in the step that was fetched last."""
+
+    @property
+    def corpus(self) -> Any:
+        """Of the feed that gave the last batch."""
+        return self.current.corpus
+
+    def lengths(self, row: SequenceMeta) -> list[int]:
+        """Positions of each sample of a sequence of the last batch."""
+        return self.current.lengths(row)
+
+    def get(self, step: int) -> tuple[GlobalBatch, StepInput]:
+        """The batch of a step."""
+        draw = random.Random(f"{self.seed}/{step}")
+        kind = draw.choice(tuple(KINDS))
+        self.current = self.feeds[kind]
+        self.poisoned = None
+        if draw.random() < NAN_SHARE:
+            last = self.groups.degrees.pipeline - 1
+            losing = [r for r, place in enumerate(self.groups.places) if place.pipeline == last]
+            self.poisoned = draw.choice(losing)
+            kind = "no number"
+        self.kinds[kind] += 1
+        return self.current.get(step)
+
+
+def poison(engine: TrainEngine, stream: Stream) -> None:
+    """Make the loss of this rank no number in the steps for which the stream says so."""
+    chunk = engine.parts.chunks[-1]
+    honest = chunk.loss_sum
+
+    def loss_sum(*args: Any) -> torch.Tensor:
+        factor = float("nan") if stream.poisoned == stream.groups.rank else 1.0
+        return honest(*args) * factor
+
+    chunk.loss_sum = loss_sum
+
+
+@dataclass
+class Watcher:
+    """The observer of a stressed run, on every rank: what must hold after each step."""
+
+    stream: Stream
+    compare: Callable[[], None]
+    problems: list[str] = field(default_factory=list)
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def on_start(self, run: Any) -> None:
+        """Nothing."""
+
+    def on_step(self, m: StepMetrics) -> None:
+        """A step was skipped where a loss was poisoned, and nowhere else; its loss is a number."""
+        planted = self.stream.poisoned is not None
+        self.skipped += m.skipped
+        self.seconds += m.seconds
+        if m.skipped != planted:
+            happened = "skipped" if m.skipped else "not skipped"
+            cause = "a loss was no number" if planted else "all losses were sound"
+            self.problems.append(f"step {m.step} was {happened} though {cause}")
+        if m.step % COMPARE_EVERY == 0:
+            self.compare()
+
+    def on_preview(self, step: int, previews: Any) -> None:
+        """Nothing."""
+
+    def on_end(self, summary: Any) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One layout's result, as rank 0 saw it."""
+
+    layout: str
+    steps: int
+    seconds: float
+    """Of the steps."""
+    cpu_s: float
+    """Of rank 0, answers and checkpoints included."""
+    kinds: dict[str, int]
+    skipped: int
+    problems: list[str]
+    calls: int
+    """To other ranks, by rank 0."""
+    comparisons: int
+
+
+def stress_layout(
+    layout: StressLayout,
+    job: StressJob,
+    *,
+    steps: int,
+    device: torch.device,
+    watchdog: Watchdog,
+    save: Callable[[TrainEngine, Path, int], None],
+) -> Outcome:
+    """Train `steps` bad steps in one layout; collective.
+
+    Args:
+        layout: How the model is spread; groups are built here.
+        job: Folder, seed, fault.
+        steps: Of this layout.
+        device: Of this rank.
+        watchdog: Ends this process where a step hangs.
+        save: Writes a checkpoint of the engine into a folder after so many steps.
+
+    Raises:
+        TraceMismatch: Ranks made calls that do not fit together.
+    """
+    run = settings_of(layout, job, steps=steps, cuda=device.type == "cuda")
+    world_size = dist.get_world_size()
+    check_run(run, world_size=world_size, device="cuda" if device.type == "cuda" else "cpu")
+    destroy_groups()
+    groups = build_groups(Degrees.of(run, world_size=world_size), seed=job.seed)
+    trace = CollectiveTrace(
+        rank=groups.rank,
+        labels=group_labels(groups),
+        path=job.folder / f"trace{groups.rank}.jsonl",
+    )
+    store = dist.PrefixStore(layout.name, trace_store())
+
+    def compare() -> None:
+        trace.check(store, world_size=world_size, timeout_s=job.step_timeout_s)
+
+    with trace:
+        engine = TrainEngine(run, groups, device=device)
+        stream = Stream(run, groups, job.folder / "data", seed=f"{job.seed}/{layout.name}")
+        poison(engine, stream)
+        if job.fault is not None:
+            plant(job.fault, engine)
+        watcher = Watcher(stream, compare)
+        loop = Loop(
+            engine=engine,
+            feed=cast(Feed, stream),
+            observers=Observers([watcher]),
+            watchdog=watchdog,
+            previewer=Previewer(engine, Dataset.open(run.data.heldout), run),
+            save=lambda done: save(engine, job.folder / f"{layout.name}-checkpoints", done),
+        )
+        began = time.process_time()
+        loop.run(start=0)
+        cpu_s = time.process_time() - began
+        compare()
+        engine.close()
+    return Outcome(
+        layout=layout.name,
+        steps=steps,
+        seconds=watcher.seconds,
+        cpu_s=cpu_s,
+        kinds=dict(stream.kinds),
+        skipped=watcher.skipped,
+        problems=watcher.problems,
+        calls=trace.num_calls,
+        comparisons=trace.comparisons,
+    )
+
+
+def stress(
+    job: StressJob,
+    *,
+    device: torch.device,
+    watchdog: Watchdog,
+    save: Callable[[TrainEngine, Path, int], None],
+) -> list[Outcome]:
+    """All layouts one after the other; collective."""
+    outcomes = []
+    shares = split_steps(job.steps, len(job.layouts))
+    for layout, steps in zip(job.layouts, shares, strict=True):
+        watchdog.alive(f"building {layout.name}")
+        outcome = stress_layout(
+            layout, job, steps=steps, device=device, watchdog=watchdog, save=save
+        )
+        outcomes.append(outcome)
+        log.info(
+            "%s: %d steps in %.1f s, %d skipped, %d calls of rank 0",
+            layout.name, steps, outcome.seconds, outcome.skipped, outcome.calls,
+        )  # fmt: skip
+    return outcomes
+
+
+def plant(fault: str, engine: TrainEngine) -> None:
+    """Break rank 1 from its fourth step on."""
+    if engine.groups.rank != 1:
+        return
+    honest = engine.update
+
+    def update(*args: Any, step: int) -> Any:
+        if step >= _FIRST_FAULT:
+            FAULTS[fault](engine)
+        return honest(*args, step=step)
+
+    engine.update = update
+
+
+def _skip(engine: TrainEngine) -> None:
+    """The next all-reduce is left out."""
+    honest = dist.all_reduce
+
+    def nothing(*_: Any, **__: Any) -> None:
+        dist.all_reduce = honest
+
+    dist.all_reduce = nothing
+
+
+def _bucket(engine: TrainEngine) -> None:
+    """Gradients travel in smaller buckets."""
+    for zero in engine.engines:
+        zero.optimizer.reduce_bucket_size = 512
+
+
+def _stall(engine: TrainEngine) -> None:
+    """The rank waits for ever."""
+    threading.Event().wait()
+
+
+FAULTS: dict[str, Callable[[TrainEngine], None]] = {
+    "skip": _skip,
+    "bucket": _bucket,
+    "stall": _stall,
+}
+
+
+def rows_of(outcomes: Sequence[Outcome], *, steps: int) -> list[dict[str, Any]]:
+    """Rows of name, value, unit, bar and ok of a job that came to its end."""
+    done = sum(outcome.steps for outcome in outcomes)
+    rows = [
+        _row("steps", done, "steps", bar=steps, ok=done >= steps),
+        _row("hangs", 0, "", bar=0, ok=True),
+        _row("differences between ranks' calls", 0, "", bar=0, ok=True),
+        _row("comparisons", sum(o.comparisons for o in outcomes), ""),
+        _row("calls of rank 0", sum(o.calls for o in outcomes), ""),
+    ]
+    problems = [f"{o.layout}: {problem}" for o in outcomes for problem in o.problems]
+    rows.append(
+        _row("steps wrongly skipped, or not", len(problems), "steps", bar=0, ok=not problems)
+    )
+    totals: Counter[str] = Counter()
+    for outcome in outcomes:
+        totals.update(outcome.kinds)
+    for kind in (*KINDS, "no number"):
+        what = KINDS.get(kind, "a loss on one rank that is no number: skipped on all")
+        rows.append(_row(f"{kind}: {what}", totals[kind], "steps", bar=1, ok=totals[kind] > 0))
+    for outcome in outcomes:
+        rows.append(_row(f"{outcome.layout}: time", outcome.seconds / outcome.steps, "s/step"))
+        cpu = outcome.cpu_s / outcome.steps
+        rows.append(_row(f"{outcome.layout}: CPU time of rank 0", cpu, "s/step"))
+    return rows + [_row(problem, 1, "step", bar=0, ok=False) for problem in problems[:10]]
+
+
+def _row(
+    name: str, value: float, unit: str, *, bar: float | None = None, ok: bool | None = None
+) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}

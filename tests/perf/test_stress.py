@@ -1,0 +1,106 @@
+"""Hard batches in all layouts: no hang, equal calls; and what is broken on purpose is named."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.perf.stress_data import CROWD, KINDS, SEQ_LENGTH, write_datasets
+from ghostvis_mega.perf.stress_layouts import LAYOUTS, choose_layouts, split_steps
+from tests.launch import ROOT
+
+pytestmark = pytest.mark.world_size(4)
+
+
+def run_command(*options: str, timeout_s: float) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, rows and standard error of the command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ghostvis_mega", "stress", "--json", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    return done.returncode, json.loads(done.stdout or "[]"), done.stderr
+
+
+@pytest.mark.timeout(420)
+def test_five_hundred_hard_steps() -> None:
+    code, rows, errors = run_command("--steps", "500", timeout_s=400)
+    values = {row["name"]: row["value"] for row in rows}
+    assert code == 0, f"{rows}\n{errors[-3000:]}"
+    assert values["steps"] == 500
+    assert values["comparisons"] >= 50
+    timed = {name.removesuffix(": time") for name in values if name.endswith(": time")}
+    assert timed == {layout.name for layout in LAYOUTS}
+
+
+def test_a_rank_with_other_buckets_is_named() -> None:
+    """The run aborts inside gloo; what the ranks left behind says why."""
+    code, rows, _ = run_command(
+        "--steps", "8", "--layouts", "zero1", "--fault", "bucket", timeout_s=200
+    )
+    assert code == 1
+    assert re.search(
+        r"Group data \[0, 1, 2, 3\], call \d+: ranks 0, 2, 3 made all_reduce of \d+ float32 .*; "
+        r"rank 1 made all_reduce of 256 float32",
+        rows[1]["name"],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("skip", r"ranks 0, 2, 3 made all_reduce of 3 float32 .*; rank 1 made only \d+ calls, and"),
+        ("stall", r"ranks 0, 2, 3 made all_reduce of 3 float32 .*; rank 1 made only \d+ calls"),
+    ],
+)
+def test_a_rank_that_leaves_the_others_waiting_is_named(fault: str, told: str) -> None:
+    options = ["--steps", "8", "--layouts", "zero2", "--fault", fault, "--step-timeout-s", "15"]
+    code, rows, errors = run_command(*options, timeout_s=200)
+    assert code == 1
+    assert re.search(told, rows[1]["name"]), rows
+    assert "hangs in step 4" in errors
+
+
+def test_wrong_layouts_are_refused_at_once() -> None:
+    code, _, errors = run_command("--layouts", "pp2,zero9", timeout_s=60)
+    assert code == 2
+    assert "zero9" in errors
+
+
+def test_layouts_that_fit() -> None:
+    assert [layout.name for layout in choose_layouts("pp2, zero3", processes=4)] == ["pp2", "zero3"]
+    assert {layout.ranks for layout in choose_layouts("", processes=1)} == {1}
+    assert "tp2-pp2" not in {layout.name for layout in choose_layouts("", processes=2)}
+    with pytest.raises(ValueError, match="tp2-pp2: with 2 processes there are zero1"):
+        choose_layouts("tp2-pp2", processes=2)
+
+
+def test_steps_are_shared_out() -> None:
+    assert split_steps(20, 7) == [3, 3, 3, 3, 3, 3, 2]
+
+
+def test_the_data_is_as_hard_as_it_says(tmp_path: Path) -> None:
+    write_datasets(tmp_path / "data")
+    data = {kind: Dataset.open(tmp_path / "data" / f"{kind}.gvd") for kind in KINDS}
+    pictures = {kind: dataset.sample_index["n_images"] for kind, dataset in data.items()}
+    assert pictures["crowd"].max() == CROWD
+    assert data["crowd"].lengths(tokens_per_image=1).max() <= SEQ_LENGTH
+    assert pictures["text"].sum() == 0
+    assert pictures["one picture"].sum() == 1
+    lengths = data["lengths"].lengths(tokens_per_image=1)
+    assert {SEQ_LENGTH - 1, SEQ_LENGTH, SEQ_LENGTH + 1} <= set(lengths.tolist())
+    damaged = {
+        kind: [i for i in range(dataset.num_samples) if dataset.crc_problem(i)]
+        for kind, dataset in data.items()
+    }
+    assert damaged.pop("damage") == [3]
+    assert damaged.pop("nothing") == [0, 1, 2, 3]
+    assert not any(damaged.values())
