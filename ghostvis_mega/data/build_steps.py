@@ -15,6 +15,7 @@ from ghostvis_mega.data.export.energon import export_energon
 from ghostvis_mega.data.export.files import EXPORT_FILE
 from ghostvis_mega.data.export.megatron import MegatronFiles, export_megatron
 from ghostvis_mega.data.export.webdataset import export_webdataset
+from ghostvis_mega.data.leftovers import clear_files, clear_leftovers
 from ghostvis_mega.data.looks.stats_page import dataset_pictures, render_stats
 from ghostvis_mega.data.recipe import ExportRecipe, Recipe, StatsRecipe
 from ghostvis_mega.data.stats import dataset_stats
@@ -30,6 +31,16 @@ class Step:
     name: str
     settings: StatsRecipe | ExportRecipe
     marks: tuple[Path, ...]
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Files and directories that the step writes."""
+        if isinstance(self.settings, StatsRecipe):
+            return self.marks
+        if self.settings.format == "megatron":
+            files = MegatronFiles.of(self.settings.out)
+            return files.bin, files.idx, files.json
+        return (self.settings.out,)
 
     def key(self, digest: str) -> str:
         """Identity of the step for the dataset with this digest."""
@@ -70,6 +81,9 @@ def run_step(
         DataError: the name is taken by something that no build made, and there is no `force`.
     """
     ours = str(step.marks[0]) in stamp.get("steps", {})
+    for path in step.outputs:
+        clear_leftovers(path, file=EXPORT_FILE)
+        clear_files(path)
     with Dataset.open(recipe.out) as dataset:
         if isinstance(step.settings, StatsRecipe):
             _stats(dataset, step.settings)

@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import sha256_file
+
+_PREPARED = re.compile(r"\.gvd($|\.tmp-)")
 
 
 def _below(folder: Path, skip: frozenset[Path]) -> Iterator[Path]:
@@ -17,7 +20,7 @@ def _below(folder: Path, skip: frozenset[Path]) -> Iterator[Path]:
         raise _unreadable(folder, error) from error
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.startswith(".") or ".gvd" in entry.name or path in skip:
+        if entry.name.startswith(".") or _PREPARED.search(entry.name) or path in skip:
             continue
         if entry.is_dir():
             yield from _below(path, skip)

@@ -56,13 +56,23 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def clear_leftovers(path: Path, *, keep: Path | None = None) -> None:
+def clear_files(path: Path) -> None:
+    """Remove half-written files of dead runs that were to become `path`."""
+    pattern = re.compile(re.escape(path.name) + r"\.tmp-(\d+)-[0-9a-f]{8}")
+    for file in sorted(path.parent.glob(f"{path.name}.tmp-*")):
+        match = pattern.fullmatch(file.name)
+        if match is not None and file.is_file() and not _is_alive(int(match[1])):
+            file.unlink()
+
+
+def clear_leftovers(path: Path, *, keep: Path | None = None, file: str = MANIFEST_FILE) -> None:
     """Remove directories of dead runs that were to become `path`.
 
     A dataset that was moved aside by a run killed before the new one took its place is moved back.
 
     Args:
         keep: directory that the caller goes on with.
+        file: what a whole directory holds.
     """
     pattern = re.compile(re.escape(path.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(-old)?")
     for directory in sorted(path.parent.glob(f"{path.name}.tmp-*")):
@@ -74,7 +84,7 @@ def clear_leftovers(path: Path, *, keep: Path | None = None) -> None:
                 continue
         elif match is None or _is_alive(int(match[1])):
             continue
-        elif match[2] and not path.exists() and (directory / MANIFEST_FILE).is_file():
+        elif match[2] and not path.exists() and (directory / file).is_file():
             os.replace(directory, path)
             continue
         log.info("removing %s, which a stopped run left", directory)

@@ -19,7 +19,7 @@ Paths are relative to the recipe. An unknown key is an error.
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,15 +52,29 @@ class TokenizerRecipe(_Part):
         return self
 
 
-class PlanRecipe(_Part):
-    """Parameters of one pack plan."""
+class _Sizes(_Part):
+    """What decides packing in plans and statistics alike."""
 
     seq_length: int = Field(ge=1)
     tokens_per_image: int = Field(ge=1)
+    segment_align: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if self.seq_length % self.segment_align:
+            raise ValueError(
+                f"seq_length={self.seq_length} is not a multiple of "
+                f"segment_align={self.segment_align}"
+            )
+        return self
+
+
+class PlanRecipe(_Sizes):
+    """Parameters of one pack plan."""
+
     algorithm: Algorithm = "balanced"
     seed: int = Field(default=0, ge=0)
     group_images: bool = True
-    segment_align: int = Field(default=1, ge=1)
     too_long: TooLong = "drop"
 
     def params(self) -> PlanParams:
@@ -82,14 +96,11 @@ class DedupeRecipe(_Part):
         return self
 
 
-class StatsRecipe(_Part):
+class StatsRecipe(_Sizes):
     """Statistics as a page, as JSON, or both."""
 
-    seq_length: int = Field(ge=1)
-    tokens_per_image: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
     dp: tuple[int, ...] = Field(default=(8, 32, 512), min_length=1)
-    segment_align: int = Field(default=1, ge=1)
     too_long: TooLong = "drop"
     html: Path | None = None
     report: Path | None = None

@@ -123,11 +123,7 @@ class BatchSource:
         specials = self.corpus.datasets[0].manifest.tokenizer.specials
         self._pad, self._image = specials["pad"], specials["image"]
         for dataset, plan in zip(self.corpus.datasets, self.plans, strict=True):
-            log.info(
-                "%s: %d samples in %d sequences of %d, %.2f %% full, %d samples too long",
-                dataset.path, len(plan.samples), plan.num_packs, seq_length,
-                100 * plan.fill, len(plan.dropped),
-            )  # fmt: skip
+            _log_plan(dataset, plan)
 
     @property
     def plan(self) -> PackPlan:
@@ -303,6 +299,14 @@ class BatchSource:
             for image_id, start in zip(data.image_ids.tolist(), starts.tolist(), strict=True)
         ]
         return segments, slots
+
+
+def _log_plan(dataset: Dataset, plan: PackPlan) -> None:
+    log.info(
+        "%s: %d %s in %d sequences of %d, %.2f %% full, %d samples too long",
+        dataset.path, len(plan.samples), "samples" if plan.pieces is None else "pieces",
+        plan.num_packs, plan.params.seq_length, 100 * plan.fill, len(plan.dropped),
+    )  # fmt: skip
 
 
 def _check_sizes(global_size: int, micro_size: int, data_parallel: int, packing: bool) -> None:

@@ -1,7 +1,10 @@
 """Recipes that also dedupe, describe and export: once, and again when their input changes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -151,6 +154,18 @@ def test_a_stop_in_any_step_is_made_good(
         assert not list(other.glob("*.tmp-*"))
 
 
+def test_halves_of_killed_steps_are_removed(folder: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = ("page.html", "shards", "text.bin")
+    halves = [folder / f"{name}.tmp-{ended.pid}-0123abcd" for name in names]
+    alive = folder / f"page.html.tmp-{os.getpid()}-0123abcd"
+    for half in (*halves, alive):
+        half.mkdir() if half.name.startswith("shards") else half.write_text("half")
+    _build(folder)
+    assert not any(half.exists() for half in halves) and alive.exists()
+
+
 def test_exports_that_no_build_made_are_not_replaced(folder: Path) -> None:
     (folder / "shards").mkdir()
     with pytest.raises(DataError, match="shards exists already"):
@@ -163,6 +178,7 @@ def test_exports_that_no_build_made_are_not_replaced(folder: Path) -> None:
     [
         ({"dedupe": {"images": "ignore", "text": "ignore"}}, "nothing is left to compare"),
         ({"stats": [{"seq_length": 9, "tokens_per_image": 1}]}, "give `html`, `report`"),
+        ({"plans": [{"seq_length": 9, "tokens_per_image": 1, "segment_align": 4}]}, "not a multi"),
         ({"exports": [{"format": "parquet", "out": "x"}]}, r"exports\.0\.format"),
         ({"exports": [{"format": "energon", "out": "made.gvd"}]}, "two outputs have the name"),
     ],

@@ -218,6 +218,20 @@ def test_documents_are_split_and_keep_every_token(mixed: Dataset) -> None:
     assert dropped == {"long", "row"}  # conversations are never split
 
 
+def test_rows_without_packing_hold_truncated_samples(mixed: Dataset) -> None:
+    source = _source(mixed, packing=False, too_long="truncate-at-turn", segment_align=8)
+    plain = _source(mixed, packing=False)
+    assert len(plain.plan.dropped) > len(source.plan.dropped)
+    for number in range(source.plan.num_packs):
+        meta = source.sequence(0, number)
+        batch = source.micro_batch((meta,))
+        assert batch.cu_seqlens is None
+        expected = _row(mixed, meta, 1)
+        assert batch.tokens_BS[0].tolist() == expected["tokens"]
+        assert batch.labels_BS[0].tolist() == expected["labels"]
+        assert batch.weights_BS.sum() == meta.trained_tokens > 0
+
+
 def test_plans_with_pieces_are_stored_verified_and_refused_when_damaged(
     mixed: Dataset,
 ) -> None:

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from ghostvis_mega.data.build import build
-from ghostvis_mega.data.ingest import dry_run
+from ghostvis_mega.data.ingest import DryRun, dry_run
 from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import open_source
-from ghostvis_mega.data.recipe import load_recipe
+from ghostvis_mega.data.recipe import Recipe, load_recipe
 from ghostvis_mega.data.template import load_tokenizer
 from ghostvis_mega.utils.errors import DataError
+from tools.preprocess.ingest import report_dry_run
 from tools.preprocess.options import Json, Progress, Workers, print_json
 
 
@@ -43,21 +44,9 @@ def build_command(
     meters = Meters()
     progress = Progress(meters=meters)
     if dry:
-        if loaded.tokenizer.file is None:
-            raise DataError("--dry-run counts tokens, so it needs `tokenizer.file` in the recipe")
-        counted = dry_run(
-            [open_source(spec, meters) for spec in loaded.sources],
-            tokenizer=load_tokenizer(loaded.tokenizer.file, template=loaded.template),
-            template=loaded.template,
-            progress=progress,
-            workers=workers,
-            max_tokens=loaded.max_tokens,
-        )
+        counted = _count(loaded, workers, progress, meters)
         progress.end()
-        print(
-            f"{counted.rows} rows would give {counted.samples} samples, {counted.images} images, "
-            f"{counted.tokens} tokens; rejected: {counted.rejected or 'none'}"
-        ) if not as_json else print_json(vars(counted))
+        report_dry_run(counted, as_json=as_json)
         return
     built = build(
         loaded, workers=workers, force=force, check=check, progress=progress, meters=meters
@@ -83,3 +72,17 @@ def build_command(
     )
     for step in built.steps:
         print(f"  made {step}")
+
+
+def _count(loaded: Recipe, workers: int, progress: Progress, meters: Meters) -> DryRun:
+    """What the sources of a recipe would give."""
+    if loaded.tokenizer.file is None:
+        raise DataError("--dry-run counts tokens, so it needs `tokenizer.file` in the recipe")
+    return dry_run(
+        [open_source(spec, meters) for spec in loaded.sources],
+        tokenizer=load_tokenizer(loaded.tokenizer.file, template=loaded.template),
+        template=loaded.template,
+        progress=progress,
+        workers=workers,
+        max_tokens=loaded.max_tokens,
+    )
