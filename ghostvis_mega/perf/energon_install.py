@@ -41,13 +41,28 @@ def install_energon(*, base: str = sys.executable) -> str:
     Raises:
         GhostVisError: it could not be made; nothing of it is left.
     """
-    packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    # An environment sees the packages of one Python; another Python gets another.
-    identity = hashlib.sha256("\n".join([base, *packages]).encode()).hexdigest()[:12]
-    place = cache_folder() / f"energon-{ENERGON_VERSION}-{identity}"
-    if not _python(place).exists():
-        _make(place, base=base, packages=list(dict.fromkeys(packages)))
-    return str(_python(place))
+    if (python := installed_energon()) is not None:
+        return python
+    _make(_place(), base=base)
+    return str(_python(_place()))
+
+
+def installed_energon() -> str | None:
+    """Python of the private environment that an earlier run made, if there is one."""
+    python = _python(_place())
+    return str(python) if python.exists() else None
+
+
+def _place() -> Path:
+    """An environment sees the packages of one Python; another Python gets another."""
+    identity = hashlib.sha256("\n".join(_packages()).encode()).hexdigest()[:12]
+    return cache_folder() / f"energon-{ENERGON_VERSION}-{identity}"
+
+
+def _packages() -> list[str]:
+    """Where packages lie; by links a folder has several names."""
+    paths = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    return list(dict.fromkeys(os.path.realpath(path) for path in paths))
 
 
 def _python(place: Path) -> Path:
@@ -58,14 +73,14 @@ def _path(place: Path, name: str) -> str:
     return sysconfig.get_path(name, "venv", {"base": str(place), "platbase": str(place)})
 
 
-def _make(place: Path, *, base: str, packages: list[str]) -> None:
+def _make(place: Path, *, base: str) -> None:
     """Under a name of this process first, so that what is there is whole."""
     fresh = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     log.info("installing %s once, into %s", REQUIREMENT, place)
     try:
         fresh.parent.mkdir(parents=True, exist_ok=True)
         _run([base, "-m", "venv", str(fresh)])
-        Path(_path(fresh, "purelib"), _PARENT).write_text("\n".join(packages) + "\n")
+        Path(_path(fresh, "purelib"), _PARENT).write_text("\n".join(_packages()) + "\n")
         _run([str(_python(fresh)), "-m", "pip", "install", "--quiet", "--no-input", REQUIREMENT])
         if not _python(place).exists():  # another process may have been quicker
             shutil.rmtree(place, ignore_errors=True)  # its Python is gone, if it is there at all

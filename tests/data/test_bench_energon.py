@@ -17,7 +17,7 @@ from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.data.tokenizer import train_tokenizer
 from ghostvis_mega.perf import bench_data, bench_energon
 from ghostvis_mega.perf.bench_energon import Energon, energon_version, find_energon
-from ghostvis_mega.perf.energon_install import install_energon
+from ghostvis_mega.perf.energon_install import install_energon, installed_energon
 from ghostvis_mega.perf.synthetic_data import write_synthetic
 from ghostvis_mega.utils.errors import GhostVisError
 
@@ -154,14 +154,16 @@ def test_energon_is_installed_once_beside_the_packages_at_hand(
     tmp_path: Path, maker: Callable[[str], str]
 ) -> None:
     base = maker("exit 0")
+    assert installed_energon() is None
     python = Path(install_energon(base=base))
+    assert installed_energon() == str(python)
     assert install_energon(base=base) == str(python)
     lines = (tmp_path / "log").read_text().splitlines()
     assert lines == ["-m pip install --quiet --no-input megatron-energon==7.4.1"]
     (place,) = (tmp_path / "cache" / "ghostvis").iterdir()
     assert python == place / "bin" / "python"
     (paths,) = place.glob("lib/*/site-packages/*.pth")
-    assert str(Path(pytest.__file__).parents[1]) in paths.read_text().splitlines()
+    assert str(Path(pytest.__file__).resolve().parents[1]) in paths.read_text().splitlines()
     python.unlink()  # as after the Python that it links to was removed
     assert install_energon(base=base) == str(python)
     assert len((tmp_path / "log").read_text().splitlines()) == 2
@@ -215,11 +217,11 @@ def test_without_energon_our_rows_stand_and_the_command_ends_with_1(
 
 @pytest.mark.slow
 def test_energon_itself_is_measured(folder: Path) -> None:
-    python = os.environ.get("GHOSTVIS_ENERGON_PYTHON")
+    python = os.environ.get("GHOSTVIS_ENERGON_PYTHON") or installed_energon()
     if python is None:
         pytest.skip(
-            "GHOSTVIS_ENERGON_PYTHON is not set: name the python of an environment that has "
-            "megatron-energon"
+            "no megatron-energon: run `python -m ghostvis_mega bench data` once, or set "
+            "GHOSTVIS_ENERGON_PYTHON to a python that has it"
         )
     rows = list(bench_data._energon(folder, find_energon(python)))
     assert len(rows) == 3

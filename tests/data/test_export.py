@@ -21,6 +21,7 @@ from ghostvis_mega.data.export.megatron import export_megatron
 from ghostvis_mega.data.export.webdataset import export_webdataset
 from ghostvis_mega.data.ingest import Row
 from ghostvis_mega.data.template import ImagePart
+from ghostvis_mega.perf.energon_install import installed_energon
 from ghostvis_mega.utils.errors import DataError
 from tools.preprocess.cli import main
 
@@ -140,9 +141,11 @@ def energon_python() -> str:
         return given
     if importlib.util.find_spec("megatron.energon") is not None:
         return sys.executable
+    if installed := installed_energon():
+        return installed
     pytest.skip(
-        "megatron-energon is not installed, so the export is not opened with it: make a venv, "
-        f"pip install megatron-energon==7.4.1, and set {ENERGON_PYTHON} to its python"
+        "megatron-energon is not installed, so the export is not opened with it: run `python -m "
+        f"ghostvis_mega bench data` once, or set {ENERGON_PYTHON} to a python that has it"
     )
 
 
