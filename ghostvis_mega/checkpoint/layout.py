@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.engine.step import TrainEngine
 
 ENGINES = ("llm", "vision")
@@ -38,6 +39,7 @@ def layout_of(engine: TrainEngine) -> dict[str, JsonValue]:
         "parallel.pipeline": degrees.pipeline,
         "parallel.virtual_pipeline": degrees.virtual_pipeline,
         "parallel.context": degrees.context,
+        **{f"parallel.{name}": size for name, size in _uneven_stages(run) if size is not None},
         "world_size": degrees.world_size,
         **{f"zero_stage.{name}": stages.get(name) for name in ENGINES},
         "batch.global_size": run.batch.global_size,
@@ -47,6 +49,11 @@ def layout_of(engine: TrainEngine) -> dict[str, JsonValue]:
         "train.seed": run.train.seed,
     }
     return json.loads(json.dumps(fields))
+
+
+def _uneven_stages(run: RunConfig) -> Iterator[tuple[str, int | None]]:
+    for name in ("first_stage_layers", "last_stage_layers"):
+        yield name, getattr(run.parallel, name)
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, JsonValue]]:

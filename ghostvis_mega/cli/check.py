@@ -80,7 +80,7 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
             "virtual_pipeline": degrees.virtual_pipeline,
             "data": degrees.data,
             "sequence_parallel": run.parallel.sequence_parallel and degrees.tensor > 1,
-            "layers_per_chunk": degrees.layers_per_chunk(run),
+            "layers_per_stage": list(degrees.layers_per_stage(run)),
             "summary": degrees.describe(),
         },
         "batch": {
@@ -126,7 +126,7 @@ def _show(run: RunConfig, plan: dict[str, Any]) -> None:
         state = f"trained, lr {plan['learning_rates'][name]:g}" if trained else "frozen"
         table.add_row(f"  {name}", f"{count / 1e6:,.1f} M parameters, {state}")
     table.add_row("layout", layout["summary"])
-    table.add_row("  layers", f"{layout['layers_per_chunk']} in each model chunk")
+    table.add_row("  layers", _layers_line(layout))
     table.add_row("  sequence parallel", "yes" if layout["sequence_parallel"] else "no")
     per_step = f"{batch['global_size']} sequences of {batch['seq_length']} positions"
     table.add_row("batch", f"{per_step} = {batch['positions_per_step']:,} a step")
@@ -143,6 +143,17 @@ def _show(run: RunConfig, plan: dict[str, Any]) -> None:
     for note in plan["notes"]:
         console.print(f"Note: {note}", markup=False)
     console.print("No problems found.")
+
+
+def _layers_line(layout: dict[str, Any]) -> str:
+    sizes = layout["layers_per_stage"]
+    if len(sizes) == 1:
+        return str(sizes[0])
+    line = f"{' + '.join(map(str, sizes))} on the stages"
+    if len(set(sizes)) == 1:
+        line = f"{sizes[0]} on each stage"
+    chunks = layout["virtual_pipeline"]
+    return f"{line}, each in {chunks} chunks" if chunks > 1 else line
 
 
 def _model_line(run: RunConfig) -> str:

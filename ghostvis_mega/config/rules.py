@@ -10,6 +10,7 @@ from typing import Literal
 from ghostvis_mega.config.rules_data import blend_problems
 from ghostvis_mega.config.rules_layout import context_problems
 from ghostvis_mega.config.rules_model import choices, data_fit_problems, divisors, model_problems
+from ghostvis_mega.config.rules_pipeline import pipeline_problems
 from ghostvis_mega.config.rules_precision import fp8_problems
 from ghostvis_mega.config.schema import RunConfig
 
@@ -30,6 +31,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *_layout_problems(cfg, world_size),
         *_division_problems(cfg),
         *context_problems(cfg),
+        *pipeline_problems(cfg),
         *_batch_problems(cfg, world_size),
         *_data_problems(cfg),
         *blend_problems(cfg),
@@ -84,15 +86,6 @@ def _division_problems(cfg: RunConfig) -> Iterator[str]:
             f"data.seq_length={cfg.data.seq_length} is no multiple of parallel.tensor={p.tensor}, "
             f"over which parallel.sequence_parallel splits it. Use {length}, or "
             "sequence_parallel: false."
-        )
-    chunks = p.pipeline * p.virtual_pipeline
-    if llm.num_layers % chunks:
-        product = f"parallel.pipeline={p.pipeline}"
-        if p.virtual_pipeline > 1:
-            product += f" x parallel.virtual_pipeline={p.virtual_pipeline}"
-        yield (
-            f"{product} does not divide model.llm.num_layers={llm.num_layers}: every stage needs "
-            f"as many layers. Use a product of {choices(divisors(llm.num_layers))}."
         )
 
 

@@ -184,6 +184,10 @@ class ParallelConfig(Section):
     pipeline: Positive = 1
     virtual_pipeline: Positive = 1
     """Model chunks a pipeline stage (interleaved schedule); 1 is plain 1F1B."""
+    first_stage_layers: Positive | None = None
+    """LLM layers of the first pipeline stage, which also embeds; empty: as many as the others."""
+    last_stage_layers: Positive | None = None
+    """LLM layers of the last stage, which also has the head; empty: as many as the others."""
     context: Positive = 1
     """Ranks that share out each sequence; every sample is cut into two chunks a rank."""
     sequence_parallel: bool = True

@@ -14,6 +14,7 @@ from ghostvis_mega.model.llm import LLMChunk
 from ghostvis_mega.model.megatron import Backend, BlockLayout, choose_backend, transformer_config
 from ghostvis_mega.model.vision import VisionEncoder
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.parallel.plan import Degrees
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,21 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
     return Parts(chunks=chunks, encoder=encoder, llm_engine=llm_engine, vision_engine=vision_engine)
 
 
+def block_layout(run: RunConfig, degrees: Degrees) -> BlockLayout:
+    """What Megatron-Core's layers are told of the parallel layout."""
+    # A reference in one process takes the run's settings, but has no stages.
+    cut = degrees.pipeline > 1
+    return BlockLayout(
+        tensor=degrees.tensor,
+        sequence_parallel=run.parallel.sequence_parallel and degrees.tensor > 1,
+        pipeline=degrees.pipeline,
+        virtual_pipeline=degrees.virtual_pipeline,
+        context=degrees.context,
+        first_stage_layers=run.parallel.first_stage_layers if cut else None,
+        last_stage_layers=run.parallel.last_stage_layers if cut else None,
+    )
+
+
 def build_chunks(
     run: RunConfig,
     groups: Groups,
@@ -93,13 +109,7 @@ def build_chunks(
     """
     degrees, llm = groups.degrees, run.model.llm
     backend = backend or choose_backend(device)
-    layout = BlockLayout(
-        tensor=degrees.tensor,
-        sequence_parallel=run.parallel.sequence_parallel and degrees.tensor > 1,
-        pipeline=degrees.pipeline,
-        virtual_pipeline=degrees.virtual_pipeline,
-        context=degrees.context,
-    )
+    layout = block_layout(run, degrees)
     config = transformer_config(
         llm,
         layout=layout,

@@ -35,6 +35,8 @@ class BlockLayout:
     pipeline: int = 1
     virtual_pipeline: int = 1
     context: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
 
 class RMSNorm(nn.Module):
@@ -116,6 +118,12 @@ def transformer_config(
         context_parallel_size=layout.context,
         # Transformer Engine's ring: keys and values travel while attention runs.
         cp_comm_type="p2p",
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        # Of two stages the last follows from the first; told both, Megatron-Core divides what is
+        # left by no stages.
+        num_layers_in_last_pipeline_stage=None
+        if layout.pipeline == 2 and layout.first_stage_layers
+        else layout.last_stage_layers,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -7,6 +7,7 @@ furthest apart.
 import math
 from dataclasses import dataclass
 
+from ghostvis_mega.config.rules_pipeline import stage_layers
 from ghostvis_mega.config.schema import RunConfig
 
 
@@ -66,17 +67,28 @@ class Degrees:
         """Micro-batches that every replica runs in one step."""
         return run.batch.global_size // (self.data * run.batch.micro_size)
 
-    def layers_per_chunk(self, run: RunConfig) -> int:
-        """LLM layers in one model chunk."""
-        return run.model.llm.num_layers // self.num_chunks
+    def layers_per_stage(self, run: RunConfig) -> tuple[int, ...]:
+        """LLM layers of each pipeline stage; its chunks have equally many.
+
+        Raises:
+            ValueError: The layers cannot be dealt out so; `config.rules` says why.
+        """
+        sizes = stage_layers(run.parallel, run.model.llm.num_layers)
+        if sizes is None:
+            raise ValueError(
+                f"{run.model.llm.num_layers} layers cannot be dealt out over {self.pipeline} "
+                "pipeline stages as parallel says."
+            )
+        return sizes
 
     def layers_of_stage(self, run: RunConfig, stage: int) -> tuple[range, ...]:
         """Global layer numbers (from 0) of a pipeline stage, one range for each of its chunks.
 
         Chunk v of stage p is chunk `v * pipeline + p` of the whole, as Megatron lays them out.
         """
-        size = self.layers_per_chunk(run)
-        first = [(v * self.pipeline + stage) * size for v in range(self.virtual_pipeline)]
+        sizes = [size // self.virtual_pipeline for size in self.layers_per_stage(run)]
+        before, size = sum(sizes[:stage]), sizes[stage]
+        first = [v * sum(sizes) + before for v in range(self.virtual_pipeline)]
         return tuple(range(start, start + size) for start in first)
 
     def bubble_share(self, run: RunConfig) -> float:

@@ -86,8 +86,15 @@ def test_weights_alone_go_to_any_layout_and_back(results: dict[str, Any]):
     assert moved["differing"] == [[], [], [], []]
     assert moved["buffers_agree"]
     assert not moved["moments"]
-    cut, whole = moved["losses"]
-    assert cut == pytest.approx(whole, rel=1e-5)
+    uneven, interleaved, whole = moved["losses"]
+    assert uneven == pytest.approx(whole, rel=1e-5)
+    assert interleaved == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_run_with_other_stages_does_not_resume(results: dict[str, Any]):
+    (refusal,) = set(results["weights alone"]["refusal"])
+    assert "parallel.first_stage_layers is absent in the checkpoint and 3 here" in refusal
+    assert "Remove parallel.first_stage_layers" in refusal
 
 
 def test_optimizer_states_leave_the_host_and_come_to_it(results: dict[str, Any]):

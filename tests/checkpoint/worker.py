@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ LAYOUTS = [
 
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
+UNEVEN = Layout(
+    "tp2sp pp2 3 + 1 layers, zero1 offloaded",
+    1,
+    problem.merge(TP2_PP2, {"parallel": {"first_stage_layers": 3}}),
+    offload=("llm", "vision"),
+)
 ZERO3_OFFLOADED = Layout("dp4 zero3 offloaded, vision zero2", 3, FEW, offload=("llm", "vision"))
 
 
@@ -260,16 +266,26 @@ def damage(ranks: Ranks) -> None:
 
 
 def weights_alone(ranks: Ranks) -> None:
-    """dp4 -> tp2 x pp2 -> dp4: the same weights, the same loss, fresh moments."""
+    """dp4 -> tp2 x pp2 of 3 + 1 layers -> pp2 interleaved and dp4: the same weights, the same loss,
+    fresh moments."""
     there = LAYOUTS[0].run(ranks.own)
-    cut = replace(LAYOUTS[1], offload=("llm", "vision")).run(ranks.own)
+    cut = UNEVEN.run(ranks.own)
     source = CheckpointStore(ranks.folder / "dp4_zero1", keep=1).find("auto")
     groups = build_groups(ranks.degrees(cut), seed=1)
     engine = ranks.engine(cut, groups)
     taken = load_weights(source, engine)
     agree_on_host = buffers_agree(engine)
+    even = CheckpointStore(ranks.folder / BY_NAME["tp2sp pp2 zero1"].folder, keep=1)
+    refusal = ranks.refusal(lambda: even.load(even.find("auto"), engine))
     path = CheckpointStore(ranks.folder / "cut", keep=1).save(engine, step=0, extra={})
-    ((cut_loss, _),) = ranks.steps(engine, BEFORE, 1)
+    losses = [ranks.steps(engine, BEFORE, 1)[0][0]]
+    destroy_groups()
+    interleaved = BY_NAME["pp2 interleaved zero2"].run(ranks.own)
+    groups = build_groups(ranks.degrees(interleaved), seed=1)
+    engine = ranks.engine(interleaved, groups)
+    spoil(engine)
+    load_weights(path, engine)
+    losses.append(ranks.steps(engine, BEFORE, 1)[0][0])
     destroy_groups()
     groups = build_groups(ranks.degrees(there), seed=1)
     engine = ranks.engine(there, groups)
@@ -289,7 +305,8 @@ def weights_alone(ranks: Ranks) -> None:
         "moments": any(bool(t.any()) for t in moments),
         "buffers_agree": all(ranks.everywhere(agree and agree_on_host)),
         "differing": ranks.everywhere(differing(mine, weights_of(engine))),
-        "losses": [cut_loss, ranks.steps(engine, BEFORE, 1)[0][0]],
+        "losses": [*losses, ranks.steps(engine, BEFORE, 1)[0][0]],
+        "refusal": refusal,
     }
     destroy_groups()
 

@@ -65,6 +65,19 @@ def test_a_right_run_shows_its_plan(run_file):
     assert "ZeRO, llm engine" in done.stdout
 
 
+def test_the_plan_shows_uneven_stages(run_file):
+    uneven = (
+        "parallel.pipeline=4",
+        "model.llm.num_layers=8",
+        "parallel.first_stage_layers=1",
+        "parallel.last_stage_layers=1",
+    )
+    done, _ = run_check(run_file, *uneven, "--world-size", "4")
+    assert "1 + 3 + 3 + 1 on the stages" in done.stdout, done.stderr
+    done, _ = run_check(run_file, *uneven, "--world-size", "4", "--json")
+    assert json.loads(done.stdout)["layout"]["layers_per_stage"] == [1, 3, 3, 1]
+
+
 def test_the_plan_as_json(run_file):
     done, _ = run_check(run_file, "train.freeze=[vision]", "--json", "--world-size", "2")
     plan = json.loads(done.stdout)

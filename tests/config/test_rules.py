@@ -7,12 +7,17 @@ from ghostvis_mega.config.rules import find_notes, find_problems
 TWO_STAGES = ("parallel.pipeline=2",)
 INTERLEAVED = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
 
+FOUR_STAGES = ("parallel.pipeline=4", "model.llm.num_layers=8")
+
 GOOD = [
     ([], 1),
     ([], 4),
     (["parallel.tensor=2"], 4),
     (["parallel.pipeline=4", "model.llm.num_layers=4"], 4),
     ([*INTERLEAVED, "model.llm.num_layers=4"], 4),
+    ([*TWO_STAGES, "model.llm.num_layers=4", "parallel.first_stage_layers=3"], 4),
+    ([*INTERLEAVED, "model.llm.num_layers=6", "parallel.last_stage_layers=2"], 4),
+    ([*FOUR_STAGES, "parallel.first_stage_layers=1", "parallel.last_stage_layers=1"], 4),
     (["data.packing=false", "batch.micro_size=4"], 4),
     (["train.precision=bf16"], 1),
     (["train.freeze=[llm, vision]"], 2),
@@ -175,6 +180,41 @@ WRONG = {
         2,
         "parallel.virtual_pipeline=4 does not divide model.llm.num_layers=4",
         "1, 2 or 4",
+    ),
+    "an uneven stage of one": (
+        ["parallel.first_stage_layers=2"],
+        1,
+        "parallel.first_stage_layers=2 sets a stage apart, but parallel.pipeline=1",
+        "Leave it out",
+    ),
+    "two ends that are not the whole": (
+        [
+            *TWO_STAGES,
+            "model.llm.num_layers=4",
+            "parallel.first_stage_layers=1",
+            "parallel.last_stage_layers=2",
+        ],
+        2,
+        "parallel.last_stage_layers=2 make 3 layers, but model.llm.num_layers=4",
+        "Leave one of the two out",
+    ),
+    "uneven rest": (
+        [*FOUR_STAGES, "parallel.first_stage_layers=1"],
+        4,
+        "parallel.first_stage_layers=1 leaves 7 of model.llm.num_layers=8 for the other 3 of 4",
+        "Leave a multiple of 3",
+    ),
+    "no rest": (
+        [*FOUR_STAGES, "parallel.first_stage_layers=5", "parallel.last_stage_layers=3"],
+        4,
+        "leave 0 of model.llm.num_layers=8 for the other 2 of 4 stages",
+        "Leave a multiple of 2",
+    ),
+    "uneven chunks": (
+        [*INTERLEAVED, "model.llm.num_layers=6", "parallel.first_stage_layers=3"],
+        2,
+        "parallel.first_stage_layers=3: stages of 3 layers",
+        "Give every stage a multiple of 2 layers",
     ),
     "packs of several rows": (["batch.micro_size=2"], 1, "batch.micro_size=2", "micro_size: 1"),
     "batch and replicas": (["batch.global_size=15"], 2, "batch.global_size=15", "Use 14 or 16"),

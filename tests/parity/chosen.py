@@ -2,9 +2,38 @@
 
 from ghostvis_mega.perf.certify.cpu_layouts import few_cpu_layouts
 from ghostvis_mega.perf.certify.faults import TP, VPP
-from ghostvis_mega.perf.certify.layout import Layout
+from ghostvis_mega.perf.certify.layout import Layout, Sections, parallel
 
-LAYOUTS = few_cpu_layouts(20)
+
+def deep(num_layers: int) -> Sections:
+    """The problem with more layers, for more stages."""
+    return {"model": {"llm": {"num_layers": num_layers}}}
+
+
+STAGES = [
+    Layout(
+        name="PP2 x DP2, 3 + 1 layers", split={"parallel": parallel(1, 2, first_stage_layers=3)}
+    ),
+    Layout(
+        name="PP2 interleaved x DP2, 4 + 2 layers",
+        problem=deep(6),
+        split={"parallel": parallel(1, 2, 2, first_stage_layers=4, last_stage_layers=2)},
+    ),
+    Layout(
+        name="PP4, 1 + 3 + 3 + 1 layers, offloaded",
+        offload=("llm", "vision"),
+        problem=deep(8),
+        split={"parallel": parallel(1, 4, first_stage_layers=1, last_stage_layers=1)},
+    ),
+    Layout(
+        name="PP4 interleaved, 2 + 4 + 4 + 2 layers, untied",
+        problem={"model": {"llm": {"num_layers": 12, "tied_embeddings": False}}},
+        split={"parallel": parallel(1, 4, 2, first_stage_layers=2, last_stage_layers=2)},
+    ),
+]
+"""Pipelines of unequal stages."""
+
+LAYOUTS = [*few_cpu_layouts(20), *STAGES]
 HOST = ("llm", "vision")
 
 SKIPS = [

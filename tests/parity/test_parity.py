@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ghostvis_mega.config.rules_pipeline import stage_layers
+from ghostvis_mega.config.schema import ParallelConfig
 from ghostvis_mega.perf.certify.faults import FAULTS, Fault
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.perf.certify.report import GRADIENT_BAR, LOSS_BAR, NORM_BAR, WEIGHT_BAR
@@ -54,6 +56,17 @@ def test_optimizer_is_where_the_layout_says(measured: dict[str, Any], layout: La
     engines = ({"llm"} & modules) | ({"vision"} if modules - {"llm"} else set())
     offloaded = measured["layouts"][layout.name]["offloaded"]
     assert offloaded == {engine: engine in layout.offload for engine in engines}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layers_are_on_the_stages_that_the_layout_says(
+    measured: dict[str, Any], layout: Layout
+) -> None:
+    parallel = ParallelConfig(**layout.split.get("parallel", {}))
+    num_layers = layout.problem.get("model", {}).get("llm", {}).get("num_layers", 4)
+    expected = stage_layers(parallel, num_layers)
+    assert expected is not None
+    assert measured["layouts"][layout.name]["layers_per_stage"] == list(expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

@@ -73,6 +73,35 @@ MORE_GRIDS = {
 }
 """Of eight processes."""
 
+
+def uneven(*, num_layers: int = 4, **stages: int) -> Piece:
+    """Stages of unequal size, of a model that can be cut so."""
+    return Piece(
+        problem={"model": {"llm": {"num_layers": num_layers}}},
+        split={"parallel": {f"{name}_stage_layers": size for name, size in stages.items()}},
+    )
+
+
+UNEVEN = {
+    "PP2 x DP2": uneven(first=3),
+    "PP2 interleaved x DP2": uneven(num_layers=6, first=4, last=2),
+    "PP4": uneven(num_layers=8, first=1, last=1),
+    "PP4 interleaved": uneven(num_layers=12, first=2, last=2),
+    "TP2(SP) x PP2": uneven(last=3),
+    "TP2 x PP2": uneven(first=1, last=3),
+    "TP2(SP) x PP2 interleaved": uneven(num_layers=6, first=2),
+    "PP2 x CP2": uneven(last=1),
+    "PP2 interleaved x CP2": uneven(num_layers=6, last=4),
+    "PP4 x DP2": uneven(num_layers=8, first=2),
+    "PP4 interleaved x DP2": uneven(num_layers=12, last=6),
+    "TP2(SP) x PP2 x DP2": uneven(last=3),
+    "TP2(SP) x PP2 interleaved x DP2": uneven(num_layers=6, first=2),
+    "TP2(SP) x PP4": uneven(num_layers=8, first=1, last=1),
+    "TP2 x PP4 interleaved": uneven(num_layers=12, first=4, last=4),
+    "TP2(SP) x PP2 x CP2": uneven(first=3),
+}
+"""How the layers are cut where stages are unequal, for each grid that has stages."""
+
 ZERO = {
     "ZeRO-1": Piece(layout={"stage": 1}),
     "ZeRO-0": Piece(layout={"stage": 0}),
@@ -102,6 +131,7 @@ RECOMPUTE = {
     "selective recompute": Piece(split={"train": {"recompute": "selective"}}),
     "full recompute": Piece(split={"train": {"recompute": "full"}}),
 }
+STAGES = {"equal stages": Piece(), "unequal stages": Piece()}
 FROZEN = ("nothing frozen", "frozen tower", "frozen LLM", "projector alone", "frozen vision")
 HEAD = {
     "tied": Piece(),
@@ -140,6 +170,7 @@ DIMENSIONS: dict[str, dict[str, Piece]] = {
     "rows": ROWS,
     "recompute": RECOMPUTE,
     "frozen": dict.fromkeys(FROZEN, Piece()),
+    "stages": STAGES,
     "head": HEAD,
     "connector": CONNECTOR,
     "tower": TOWER,
@@ -154,6 +185,7 @@ FEWER: dict[str, dict[str, Piece]] = {
     "grid": MORE_GRIDS,
     "zero": {name: ZERO[name] for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3")},
     "rows": {name: ROWS[name] for name in ("packed", "rows of two")},
+    "stages": STAGES,
     "connector": {name: CONNECTOR[name] for name in ("avgpool", "perceiver")},
     "pictures": {name: PICTURES[name] for name in ("some pictures", "one picture")},
 }
@@ -173,6 +205,8 @@ def legal(choice: Choice) -> bool:
     ):
         return False
     if frozen and vision and (vision == "no vision engine") != (frozen == "frozen vision"):
+        return False
+    if choice.get("stages") == "unequal stages" and where and "PP" not in where:
         return False
     rows = choice.get("rows")
     # Eight rows a step: one a replica, and as many micro-batches as interleaved stages want.
@@ -194,6 +228,8 @@ def frozen_modules(choice: Choice) -> list[str]:
 def build(dimensions: dict[str, dict[str, Piece]], choice: Choice, *, ranks: int) -> Layout:
     """The layout of one whole combination."""
     pieces = [dimensions[name][value] for name, value in choice.items()]
+    if choice.get("stages") == "unequal stages":
+        pieces.append(UNEVEN.get(choice["grid"], uneven(first=3)))
     said = [
         value
         for name, value in choice.items()

@@ -255,9 +255,18 @@ def compare(
         ),
         "losses": [r.loss for r in results],
         "truth_norms": truth.gradient_norms(),
+        "layers_per_stage": _layers_per_stage(engine),
         "offloaded": {
             "llm" if zero is engine.parts.llm_engine else "vision": zero.on_host
             for zero in engine.engines
         },
         "gradients": gradients,
     }
+
+
+def _layers_per_stage(engine: TrainEngine) -> list[int]:
+    """LLM layers that the ranks of each pipeline stage really hold; collective."""
+    stages = torch.zeros(engine.groups.degrees.pipeline, dtype=torch.int64, device=engine.device)
+    stages[engine.groups.place.pipeline] = sum(len(c.decoder.layers) for c in engine.parts.chunks)
+    dist.all_reduce(stages, op=dist.ReduceOp.MAX, group=engine.groups.world)
+    return stages.tolist()
