@@ -29,6 +29,7 @@ from ghostvis_mega.train.observers import RunInfo, Summary
 from ghostvis_mega.train.observers.build import make_observers
 from ghostvis_mega.train.previews import Previewer
 from ghostvis_mega.train.watchdog import Watchdog
+from ghostvis_mega.utils.determinism import determinism, make_deterministic
 from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import atomic_write_json
@@ -50,6 +51,8 @@ class World:
 def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     """Join the processes of this run, as `deepspeed`, `torchrun` or plain `python` started them."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if run.train.deterministic:
+        make_deterministic()
     apply_cpu_shim()
     # DeepSpeed takes its place from the environment, which no launcher has set for plain `python`.
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -175,7 +178,8 @@ class Training:
         stages = {type(zero.grid).__name__: zero.stage for zero in engine.engines}
         zero = ", ".join(f"ZeRO-{stage}" for stage in sorted(set(stages.values())))
         parameters = count_parameters(engine)
-        return {
+        told: RunInfo = {"determinism": determinism()} if run.train.deterministic else {}
+        return told | {
             "total_steps": run.train.steps,
             "start_step": start,
             "name": run.log.output.name,

@@ -4,6 +4,7 @@ quick."""
 import typer
 
 from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
+from ghostvis_mega.cli.bench_determinism import BENCH_DETERMINISM_HELP, bench_determinism
 from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.certify import CERTIFY_HELP, certify
 from ghostvis_mega.cli.check import CHECK_HELP, check
@@ -30,6 +31,7 @@ bench_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Time parts of the system against bars."
 )
 bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
+bench_app.command("determinism", help=BENCH_DETERMINISM_HELP)(bench_determinism)
 bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")

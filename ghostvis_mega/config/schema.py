@@ -247,6 +247,8 @@ class TrainConfig(Section):
     freeze: tuple[Module, ...] = ()
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing of the LLM."""
+    deterministic: bool = False
+    """Equal runs give equal bits: reproducible kernels only, on the CPU one thread a process."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Silence that counts as a hang: a collective that waits longer, or a phase (a step, a round of
     answers, a save) that takes longer. The run stops and names the rank."""

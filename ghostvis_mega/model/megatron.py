@@ -140,6 +140,8 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=on_gpu,
+        # Megatron-Core then leaves out its own kernels that add in any order.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **recompute_settings,
         **fp8_settings,
     )

@@ -38,6 +38,8 @@ LAYOUTS = (
     StressLayout("pp2-interleaved", 2, {"pipeline": 2, "virtual_pipeline": 2}),
     StressLayout("tp2", 2, {"tensor": 2}),
     StressLayout("tp2-pp2", 1, {"tensor": 2, "pipeline": 2}),
+    StressLayout("cp2", 2, {"context": 2}),
+    StressLayout("cp2-pp2", 1, {"context": 2, "pipeline": 2}),
 )
 
 

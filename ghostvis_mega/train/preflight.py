@@ -6,6 +6,7 @@ a second or two.
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.config.rules import Device
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data import manifest as datasets
+from ghostvis_mega.utils.determinism import environment_problems
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import sha256_file
 from ghostvis_mega.utils.hardware import has_cuda_device
@@ -71,6 +73,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *_data_problems(cfg),
         *_output_problems(cfg),
         *_gpu_problems(cfg, device=device),
+        *(environment_problems(os.environ) if cfg.train.deterministic else ()),
     ]
 
 

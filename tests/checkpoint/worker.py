@@ -22,6 +22,7 @@ from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.certify import problem
+from ghostvis_mega.utils.determinism import make_deterministic
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.checkpoint.state import State, buffers_agree, differing, raw_state, raw_zero
 from tests.launch import write_result
@@ -342,7 +343,7 @@ def weights_of(engine: TrainEngine) -> State:
 def main() -> None:
     for name in ("DeepSpeed", "ghostvis_mega"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    make_deterministic()
     apply_cpu_shim()
     dist.init_process_group("gloo")
     folder, rank = Path(os.environ["LAUNCH_FOLDER"]), dist.get_rank()

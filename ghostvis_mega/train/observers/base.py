@@ -32,6 +32,8 @@ class RunInfo(TypedDict, total=False):
     settings: dict[str, Any]
     """The whole configuration, JSON values."""
     versions: dict[str, str]
+    determinism: dict[str, str]
+    """What a run with `train.deterministic` has set, and the values."""
 
 
 class Summary(TypedDict, total=False):

@@ -38,6 +38,7 @@ def render_page(data: ReportData) -> str:
         section("What the model answers", draw_previews(data.previews)),
         section("Settings", _tables(data.run.get("settings", {}))),
         section("Versions", _versions(data.run.get("versions", {}))),
+        section("Determinism", _versions(data.run.get("determinism", {}))),
     ]
     return html_page.render_page(
         title=data.run.get("name", "run"),
