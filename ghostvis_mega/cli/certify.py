@@ -1,93 +1,255 @@
 """`ghostvis certify`: every layout is the same step, shown on one's own machine."""
 
+import json
+import logging
 import os
+import shlex
+import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS
-from ghostvis_mega.perf.certify.report import Outcome
-from ghostvis_mega.perf.certify.request import Entry, Request
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
+
+if TYPE_CHECKING:
+    from ghostvis_mega.perf.certify.report import Outcome
+    from ghostvis_mega.perf.certify.request import Entry, Request
 
 CERTIFY_HELP = """Compare layouts with one plain process: gradients, loss, weights after some steps.
 
 \b
-Examples:
-  python -m ghostvis_mega certify --layouts cpu
+Examples (--layouts cpu: two cores and some minutes; the last three certify a run of your own):
+  python -m ghostvis_mega certify --layouts cpu --faults
   python -m ghostvis_mega certify --layouts cpu --only "PP2.*perceiver" --processes 4
-  python -m ghostvis_mega certify --layouts cpu --faults --only "^no sum"
-  python -m ghostvis_mega certify --layouts cpu --json > rows.json
+  python -m ghostvis_mega certify --layouts gpu --json > rows.json
+  python -m ghostvis_mega certify RUN.yaml --processes 2
+  python -m ghostvis_mega certify RUN.yaml parallel.tensor=2 batch.global_size=8 --processes 4
+  python -m ghostvis_mega certify RUN.yaml --layouts examples/certify/four_processes.yaml
 
 \b
-The command starts its own processes; under torchrun or deepspeed it joins them.
+The command starts its own processes; under torchrun it joins those it finds, on one machine.
+In fp32 every figure has a fixed bar. In BF16 the bar is twice the error of one process that
+computes in BF16 as well. Layouts that need more processes than there are are listed as not run.
 Exit code: 0 fine, 1 something is over its bar or failed, 2 wrong settings.
 """
 
 
 def certify(
-    layouts: Annotated[str, typer.Option(help="cpu, or a YAML file of layouts.")] = "cpu",
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run of your own.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(help="cpu, gpu, or with RUN.yaml a YAML file of layouts.", show_default=False),
+    ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Only names in which this is found.")
     ] = None,
     faults: Annotated[bool, typer.Option(help="Plant faults as well: each must be seen.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each layout.")] = 3,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Most processes to start; layouts of more do not run.")
+        int | None, typer.Option(min=1, help="Most processes to start.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Keep the tables (rows.json, table.md) in this folder.")
+        Path | None, typer.Option(help="Keep rows.json and table.md in this folder.")
     ] = None,
     request: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Certify layouts."""
+    from ghostvis_mega.perf.certify.request import Request
+
     if request is not None:
-        _run_as_rank(Request.read(request))
+        _run_started(Request.read(request))
         return
     setup_logging(rank=int(os.environ.get("RANK", "0")))
-    from ghostvis_mega.perf.certify.request import SETS, chosen, entries_of
+    with tempfile.TemporaryDirectory(prefix="ghostvis-certify-") as folder:
+        try:
+            wanted, most = _wanted(config, overrides, layouts, only, faults, steps, processes)
+            wanted = replace(wanted, folder=Path(folder))
+            todo = _fitting(wanted, most)
+        except ConfigError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(EXIT_WRONG_SETTINGS) from None
+        done = _join(todo) if "WORLD_SIZE" in os.environ else _start(todo)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report([done.get(entry) or _not_run(entry) for entry in wanted.entries], as_json, output)
+
+
+def _wanted(
+    config: Path | None,
+    overrides: list[str] | None,
+    layouts: str | None,
+    only: str | None,
+    faults: bool,
+    steps: int,
+    processes: int | None,
+) -> "tuple[Request, int]":
+    """All that was asked for, and the processes there are."""
+    from ghostvis_mega.perf.certify.request import (
+        SETS,
+        Entry,
+        Request,
+        chosen,
+        entries_of,
+        own_entries,
+    )
+
+    own = config is not None
+    if own and layouts in SETS:
+        raise ConfigError([f"--layouts {layouts} has a model of its own: leave out {config}."])
+    if not own and layouts not in SETS:
+        raise ConfigError([f"--layouts {layouts} needs RUN.yaml. Or use --layouts cpu or gpu."])
+    if faults and layouts != "cpu":
+        raise ConfigError(["--faults are planted in layouts of --layouts cpu. Use it."])
+    most = _processes(layouts, processes)
+    if not own:
+        entries = entries_of(str(layouts), faults=faults)
+    elif layouts is None:
+        entries = [Entry("the run as it is", most)]
+    else:
+        entries = own_entries(Path(layouts), ranks=most)
+    request = Request(
+        set="own" if own else str(layouts),
+        entries=tuple(chosen(entries, only)),
+        steps=steps,
+        folder=Path(),
+        config=config,
+        overrides=tuple(overrides or ()),
+    )
+    return request, most
+
+
+def _processes(layouts: str | None, processes: int | None) -> int:
+    """Processes that can be started, or that a launcher has started."""
+    from ghostvis_mega.utils.hardware import has_cuda_device
+
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if layouts == "cpu":
+        return processes or 8
+    gpus = 0
+    if has_cuda_device():
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if layouts == "gpu" and gpus < 2:
+        raise ConfigError([f"--layouts gpu needs 2 GPUs, and {gpus} are visible. Use cpu."])
+    if gpus and processes is not None and processes > gpus:
+        raise ConfigError([f"--processes {processes} are more than the {gpus} visible GPUs."])
+    return processes or gpus or 4
+
+
+def _fitting(wanted: "Request", most: int) -> "Request":
+    """What runs on the processes there are, its settings checked."""
+    joined = "WORLD_SIZE" in os.environ
+    fitting = tuple(
+        entry
+        for entry in wanted.entries
+        if (entry.ranks == most if joined else entry.ranks <= most)
+    )
+    if not fitting:
+        needs = sorted({entry.ranks for entry in wanted.entries})
+        raise ConfigError(
+            [f"No layout runs on {most} processes: they need {', '.join(map(str, needs))}. "
+             "Start as many, or leave that to this command."]
+        )  # fmt: skip
+    todo = replace(wanted, entries=fitting)
+    if todo.config is not None:
+        from ghostvis_mega.perf.certify.own_settings import checked
+
+        return checked(todo)
+    return todo
+
+
+def _not_run(entry: "Entry") -> "Outcome":
+    from ghostvis_mega.perf.certify.report import Outcome
+
+    why = f"needs {entry.ranks} processes"
+    return Outcome(entry.name, not_run=why, fault=entry.fault)
+
+
+def _start(todo: "Request") -> "dict[Entry, Outcome]":
+    """Start ranks for all entries."""
+    from ghostvis_mega.perf.certify.drive import certify as drive
+    from ghostvis_mega.utils.hardware import has_cuda_device
+
+    on_gpu = todo.set != "cpu" and has_cuda_device()
+    if todo.config is not None and on_gpu:
+        from ghostvis_mega.perf.certify.own_settings import load_own
+
+        on_gpu = load_own(todo, todo.entries[0]).train.device != "cpu"
+    return drive(
+        todo,
+        device="cuda" if on_gpu else "cpu",
+        progress=lambda text: typer.echo(f"certify: {text}", err=True),
+    )
+
+
+def _run_started(request: "Request") -> None:
+    """One rank of a launch that `drive` started."""
+    # Libraries print; standard output belongs to the table.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from ghostvis_mega.perf.certify.drive import note_error
 
     try:
-        if layouts not in SETS:
-            raise ConfigError([f"--layouts {layouts} is no set of layouts. Use cpu."])
-        entries = chosen(entries_of(layouts, faults=faults), only)
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
-    with tempfile.TemporaryDirectory(prefix="ghostvis-certify-") as folder:
-        wanted = Request(set=layouts, entries=tuple(entries), steps=steps, folder=Path(folder))
-        outcomes = _start(wanted, most=processes)
-    _report(outcomes, as_json=as_json, output=output)
+        _run_ranks(request)
+    except BaseException as error:
+        # The launch ends all ranks; what it ends with says which layout, and this says why.
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        note_error(request.folder, rank=int(os.environ["RANK"]), text=text)
+        raise
 
 
-def _start(request: Request, *, most: int | None) -> list[Outcome]:
-    """Launch what fits and list what does not."""
-    from ghostvis_mega.perf.certify.drive import certify as drive
-    from ghostvis_mega.perf.certify.drive import outcomes_not_run
+def _join(request: "Request") -> "dict[Entry, Outcome]":
+    """Be one rank of a launch that somebody else started."""
+    from ghostvis_mega.perf.certify.report import Outcome
 
-    fitting = [entry for entry in request.entries if most is None or entry.ranks <= most]
-    done: dict[Entry, Outcome] = {}
-    if fitting:
-        import dataclasses
-
-        ran = drive(
-            dataclasses.replace(request, entries=tuple(fitting)),
-            device="cpu",
-            progress=lambda text: typer.echo(f"certify: {text}", err=True),
-        )
-        done = dict(zip(fitting, ran, strict=True))
-    for entry in request.entries:
-        if entry not in done:
-            (done[entry],) = outcomes_not_run([entry], f"needs {entry.ranks} processes")
-    return [done[entry] for entry in request.entries]
+    # Equal on all ranks of a launch, and on this machine alone.
+    name = f"ghostvis-certify-{os.environ.get('MASTER_PORT', '0')}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(exist_ok=True)
+    rows = _run_ranks(replace(request, folder=folder))
+    if os.environ["RANK"] == "0":
+        # Every rank is done: the last layout ends with a collective.
+        shutil.rmtree(folder)
+    return {
+        entry: Outcome(entry.name, row=row, fault=entry.fault)
+        for entry, row in zip(request.entries, rows, strict=True)
+    }
 
 
-def _report(outcomes: list[Outcome], *, as_json: bool, output: Path | None) -> None:
+def _run_ranks(request: "Request") -> list[dict[str, Any]]:
+    """In a rank: measure everything."""
+    rank = int(os.environ["RANK"])
+    setup_logging(rank=rank)
+    # One line a layout is progress enough.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("ghostvis_mega").setLevel(logging.WARNING)
+    from ghostvis_mega.perf.certify.ranks import measure_all, opening_run
+    from ghostvis_mega.session import local_device, open_world
+
+    run = opening_run(request)
+    with open_world(run, device=local_device(run)) as world:
+
+        def progress(text: str) -> None:
+            world.watchdog.alive(text)
+            if rank == 0:
+                typer.echo(f"certify: {text}", err=True)
+
+        return measure_all(request, world.groups, device=world.device, progress=progress)
+
+
+def _report(outcomes: "list[Outcome]", as_json: bool, output: Path | None) -> None:
     from ghostvis_mega.cli.output import print_rows
     from ghostvis_mega.perf.certify.report import exit_code, markdown, show
 
@@ -97,9 +259,6 @@ def _report(outcomes: list[Outcome], *, as_json: bool, output: Path | None) -> N
     else:
         show(outcomes, title="layouts against one plain process")
     if output is not None:
-        import json
-        import shlex
-
         output.mkdir(parents=True, exist_ok=True)
         (output / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
         command = shlex.join(["python", "-m", "ghostvis_mega", *sys.argv[1:]])
@@ -107,30 +266,3 @@ def _report(outcomes: list[Outcome], *, as_json: bool, output: Path | None) -> N
     code = exit_code(outcomes)
     if code:
         raise typer.Exit(code)
-
-
-def _run_as_rank(request: Request) -> None:
-    """One rank of a launch that `drive` started."""
-    # Libraries print; standard output belongs to the table.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    rank = int(os.environ["RANK"])
-    setup_logging(rank=rank)
-    from ghostvis_mega.perf.certify.drive import note_error
-
-    try:
-        import logging
-
-        import torch
-
-        from ghostvis_mega.perf.certify.ranks import first_run, measure_all
-        from ghostvis_mega.session import local_device, open_world
-
-        logging.getLogger("DeepSpeed").setLevel("ERROR")
-        torch.set_num_threads(1)
-        run = first_run(request)
-        with open_world(run, device=local_device(run)) as world:
-            measure_all(request, world.groups, device=world.device, progress=world.watchdog.alive)
-    except BaseException as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        note_error(request.folder, rank=rank, text=text)
-        raise

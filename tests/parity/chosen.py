@@ -49,3 +49,17 @@ SKIPS = [
 
 KEPT = ["TP2(SP) x DP2, ZeRO-1, offloaded"]
 """Those on which traces of a skipped step are kept on purpose."""
+
+ROUNDED = [
+    Layout(
+        name=f"{name}, BF16",
+        stage=2,
+        problem={"train": {"precision": "bf16"}},
+        split={"parallel": degrees},
+    )
+    for name, degrees in (
+        ("TP2(SP) x DP2", parallel(2)),
+        ("PP2 interleaved x DP2", parallel(1, 2, 2)),
+    )
+]
+"""Layouts whose bar is the noise of one process that computes in BF16 as well."""

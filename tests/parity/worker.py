@@ -5,16 +5,18 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from ghostvis_mega.engine import step as engine_step
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.perf.certify.breaking import measure_broken
 from ghostvis_mega.perf.certify.faults import FAULTS
 from ghostvis_mega.perf.certify.lab import Lab
 from tests.launch import write_result
-from tests.parity.chosen import KEPT, LAYOUTS, SKIPS
+from tests.parity.chosen import KEPT, LAYOUTS, ROUNDED, SKIPS
 from tests.parity.skips import measure_kept_gradients, measure_skips
 
 
@@ -24,13 +26,14 @@ def main() -> None:
     apply_cpu_shim()
     dist.init_process_group("gloo")
     wanted = sys.argv[1:]
-    layouts, skips, faults = (
+    layouts, skips, rounded, faults = (
         [entry for entry in entries if not wanted or any(part in entry.name for part in wanted)]
-        for entries in (LAYOUTS, SKIPS, FAULTS)
+        for entries in (LAYOUTS, SKIPS, ROUNDED, FAULTS)
     )
     lab = Lab(Path(os.environ["LAUNCH_FOLDER"]))
-    lab.solve_all(map(lab.case, [*layouts, *skips, *(fault.layout for fault in faults)]))
-    rows: dict[str, dict[str, Any]] = {"layouts": {}, "skips": {}, "kept": {}, "faults": {}}
+    lab.solve_all(map(lab.case, [*layouts, *skips, *rounded, *(fault.layout for fault in faults)]))
+    kinds = ("layouts", "skips", "kept", "rounded", "rounded, broken", "faults")
+    rows: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for layout in layouts:
         rows["layouts"][layout.name] = lab.measure(lab.case(layout))
         _tell(layout.name, rows["layouts"][layout.name])
@@ -40,6 +43,12 @@ def main() -> None:
         if layout.name in KEPT:
             rows["kept"][layout.name] = measure_kept_gradients(lab, layout)
             _tell(f"kept: {layout.name}", rows["kept"][layout.name])
+    for layout in rounded:
+        rows["rounded"][layout.name] = lab.measure(lab.case(layout))
+        _tell(layout.name, rows["rounded"][layout.name])
+    with mock.patch.object(engine_step, "sum_sequence_parallel_gradients", lambda *_: None):
+        for layout in rounded[:1]:
+            rows["rounded, broken"][layout.name] = lab.measure(lab.case(layout))
     for fault in faults:
         rows["faults"][fault.name] = measure_broken(lab, fault)
         _tell(f"fault: {fault.name}", rows["faults"][fault.name])

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import mappings
 
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine import step as engine_step
-from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.engine.step import StepInput, TrainEngine
 from ghostvis_mega.model.attention import SDPACoreAttention
 from ghostvis_mega.model.context import ContextSlice, row_owners
 from ghostvis_mega.model.inputs import ModelInput
@@ -59,6 +59,46 @@ def _late_boundary(lab: Lab, fault: Fault) -> Row:
             rows[index] = replace(row, cu_seqlens=ends, max_seqlen=int(ends.diff().max()))
 
     return lab.measure(lab.case(fault.layout), alter=alter)
+
+
+def _no_boundaries(lab: Lab, fault: Fault) -> Row:
+    def alter(rows: list[MicroBatch]) -> None:
+        whole = torch.tensor([0, rows[0].tokens_BS.shape[1]], dtype=torch.int32)
+        rows[:] = [replace(row, cu_seqlens=whole, max_seqlen=int(whole[1])) for row in rows]
+
+    return lab.measure(lab.case(fault.layout), alter=alter)
+
+
+def _late_positions(lab: Lab, fault: Fault) -> Row:
+    def alter(rows: list[MicroBatch]) -> None:
+        for index, row in enumerate(rows):
+            late = row.positions_BS.roll(1, dims=1)
+            late[:, 0] = 0
+            rows[index] = replace(row, positions_BS=late)
+
+    return lab.measure(lab.case(fault.layout), alter=alter)
+
+
+def _keys_not_restarted(lab: Lab, fault: Fault) -> Row:
+    # Of queries and keys alike it would be no fault: attention sees differences of positions.
+    rotary = LLMChunk._rotary
+
+    def split(chunk: LLMChunk, inputs: ModelInput) -> tuple[torch.Tensor, torch.Tensor]:
+        plain = torch.arange(inputs.positions_BW.shape[1], device=inputs.positions_BW.device)
+        running = replace(inputs, positions_BW=plain[None])
+        return rotary(chunk, inputs), rotary(chunk, running)
+
+    with mock.patch.object(LLMChunk, "_rotary", split):
+        return lab.measure(lab.case(fault.layout))
+
+
+def _mean_of_replicas(lab: Lab, fault: Fault) -> Row:
+    def scale(engine: TrainEngine, batch: StepInput) -> float:
+        own = sum(float(micro.weights_BS.sum()) for micro in batch.micro_batches)
+        return len(batch.micro_batches) / own
+
+    with mock.patch.object(TrainEngine, "loss_scale", scale):
+        return lab.measure(lab.case(fault.layout))
 
 
 def _mean_of_means(lab: Lab, fault: Fault) -> Row:
@@ -151,8 +191,12 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "picture gradients not rescaled": _patched(TrainEngine, "vision_gradient_scale", lambda _: 1.0),
     "pictures of two rows exchanged": _exchanged_pictures,
     "loss averaged in each micro-batch": _mean_of_means,
+    "loss averaged in each replica": _mean_of_replicas,
     "gate and up exchanged in the reference": _wrong_reference,
     "segment boundary one token late": _late_boundary,
+    "segment boundaries ignored": _no_boundaries,
+    "RoPE restarted one token late in a pack": _late_positions,
+    "RoPE of the keys not restarted in a pack": _keys_not_restarted,
     "norm without the vision engine": _norm_of_llm_alone,
     "norm without the offloaded engine": _norm_of_vision_alone,
     "batched exchange between two interleaved stages": _batched_exchange,

@@ -7,7 +7,7 @@ and a new launch goes on with the next one.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +55,9 @@ class Journal:
         return rows, open_entry
 
 
-def certify(request: Request, *, device: str, progress: Callable[[str], None]) -> list[Outcome]:
+def certify(
+    request: Request, *, device: str, progress: Callable[[str], None]
+) -> dict[Entry, Outcome]:
     """Run all entries of a request, each in a launch of as many ranks as it wants.
 
     Args:
@@ -75,7 +77,7 @@ def certify(request: Request, *, device: str, progress: Callable[[str], None]) -
             outcomes |= found
             left = [entry for entry in left if entry not in found]
             attempt += 1
-    return [outcomes[entry] for entry in request.entries]
+    return outcomes
 
 
 def _launch(request: Request, *, device: str) -> dict[Entry, Outcome]:
@@ -124,8 +126,3 @@ def failure_reason(folder: Path, code: int) -> str:
     if code == EXIT_HANG:
         return "it hangs; the ranks that others wait for are named above"
     return f"a rank ended with code {code}; its output is above"
-
-
-def outcomes_not_run(entries: Sequence[Entry], why: str) -> list[Outcome]:
-    """Entries that this machine cannot run."""
-    return [Outcome(entry.name, not_run=why, fault=entry.fault) for entry in entries]

@@ -15,6 +15,7 @@ CP: Sections = {"parallel": parallel(context=2)}
 VPP: Sections = {"parallel": parallel(1, 2, 2)}
 TPPP: Sections = {"parallel": parallel(2, 2)}
 ROWS_OF_TWO: Sections = {"batch": {"micro_size": 2}}
+QKV = r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$"
 UNPACKED: Sections = {"data": {"packing": False}}
 
 
@@ -100,6 +101,11 @@ FAULTS = [
         hit=r"^decoder\..*weight$",
     ),
     Fault(
+        name="loss averaged in each replica",
+        layout=Layout(name="TP2(SP) x DP2, ZeRO-2", stage=2, split=TP),
+        hit=r"^decoder\..*weight$",
+    ),
+    Fault(
         name="gate and up exchanged in the reference",
         layout=Layout(name="TP2(SP) x PP2", split=TPPP),
         hit=r"^decoder\.layers\.1\.mlp\.linear_fc1\.weight$",
@@ -107,7 +113,18 @@ FAULTS = [
     Fault(
         name="segment boundary one token late",
         layout=Layout(name="DP4", stage=2),
-        hit=r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$",
+        hit=QKV,
+    ),
+    Fault(name="segment boundaries ignored", layout=Layout(name="DP4"), hit=QKV),
+    Fault(
+        name="RoPE restarted one token late in a pack",
+        layout=Layout(name="TP2(SP) x DP2", split=TP),
+        hit=QKV,
+    ),
+    Fault(
+        name="RoPE of the keys not restarted in a pack",
+        layout=Layout(name="PP2 x DP2", split=PP),
+        hit=QKV,
     ),
     Fault(
         name="norm without the vision engine",
@@ -124,7 +141,7 @@ FAULTS = [
     Fault(
         name="batched exchange between two interleaved stages",
         layout=Layout(name="PP2 interleaved x DP2", split=VPP),
-        hit=r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$",
+        hit=QKV,
     ),
     Fault(
         name="context rows shifted by one",
@@ -134,7 +151,7 @@ FAULTS = [
     Fault(
         name="gradients of fetched keys and values not summed",
         layout=Layout(name="CP2 x DP2", align=4, split=CP),
-        hit=r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$",
+        hit=QKV,
         spared=r"^decoder\.(layers\.3\.(self_attention\.linear_proj|mlp)|final)",
     ),
     Fault(

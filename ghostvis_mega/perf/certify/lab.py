@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.config.schema import ParallelConfig, RunConfig
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine.inspect import reduced_gradient, relative_errors, rounding_only
 from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
@@ -46,6 +46,9 @@ class Case:
     name: str
     run: RunConfig
     stream: Stream
+    measured_eps: bool = False
+    """Choose AdamW's `eps` as large as the gradients' elements are. A tiny one turns the rounding
+    of small elements into whole steps, which no layout has alike."""
 
     @property
     def problem(self) -> str:
@@ -77,6 +80,8 @@ class Lab:
     ):
         self.folder, self.device, self.steps = folder, device, steps
         self.truths: dict[str, Truth] = {}
+        self.noise: dict[str, Row] = {}
+        """Of problems in BF16, what one process that computes in BF16 is off."""
         self._groups = groups
 
     def case(self, layout: Layout) -> Case:
@@ -96,12 +101,13 @@ class Lab:
 
     def alone(self) -> Groups:
         """Groups in which this rank is a world of its own; collective."""
+        one = Degrees(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1)
         world = dist.get_world_size()
-        groups = self.groups(Degrees(world, 1, 1, 1, 1, world))
+        groups = self.groups(replace(one, world_size=world, data=world))
         place = Place(**dict.fromkeys(Place.__dataclass_fields__, 0))
         return replace(
             groups,
-            degrees=Degrees(1, 1, 1, 1, 1, 1),
+            degrees=one,
             rank=0,
             place=place,
             places=(place,),
@@ -110,10 +116,10 @@ class Lab:
             world=groups.alone,
         )
 
-    def engine(self, case: Case) -> TrainEngine:
-        """A new engine of a case."""
+    def engine(self, case: Case, *, eps: float | None = None) -> TrainEngine:
+        """A new engine of a case, with AdamW's `eps` if it is given."""
         groups = self.groups(Degrees.of(case.run, world_size=dist.get_world_size()))
-        return TrainEngine(case.run, groups, device=self.device)
+        return TrainEngine(with_eps(case.run, eps), groups, device=self.device)
 
     def solve_all(self, cases: Iterable[Case]) -> None:
         """Compute every reference that is still missing, the work spread over the ranks."""
@@ -129,6 +135,21 @@ class Lab:
             write_truth(paths[key], self.solve(problems[key], groups))
         dist.barrier()
         self.truths |= {key: read_truth(path) for key, path in paths.items()}
+        for key in missing:
+            # All ranks do all of them, each by itself: whatever a library may wait for is there.
+            if problems[key].run.train.precision == "bf16":
+                self.noise[key] = self.measure_noise(problems[key], groups)
+
+    def measure_noise(self, case: Case, groups: Groups) -> Row:
+        """A case's problem in its own precision and this process alone: the noise of rounding.
+
+        Args:
+            case: What to run; how it is spread does not count.
+            groups: Of `alone`.
+        """
+        truth = self.truths[case.problem]
+        engine = TrainEngine(with_eps(undivided(case.run), truth.eps), groups, device=self.device)
+        return self._measure(engine, case, truth)
 
     def solve(
         self,
@@ -145,11 +166,16 @@ class Lab:
         """
         trainer = PlainTrainer(case.run, groups, device=self.device)
         change(trainer)
-        losses, norms, gradients = [], [], {}
+        losses, norms, gradients, eps = [], [], {}, None
         for step in range(self.steps):
             rows, pictures = case.stream.rows(case.run, groups, step)
             losses.append(trainer.backward(rows, pictures))
-            gradients = gradients or trainer.gradients()
+            if step == 0:
+                gradients = trainer.gradients()
+                if case.measured_eps:
+                    eps = element_size(gradients, clip_norm=case.run.optim.clip_norm)
+                    for group in trainer.optimizer.param_groups:
+                        group["eps"] = eps
             norms.append(trainer.update(step=step))
         return Truth(
             losses=losses,
@@ -157,6 +183,7 @@ class Lab:
             gradients=gradients,
             weights={name: p.detach().clone() for name, p in trainer.parameters().items()},
             squares={name: float(g.double().square().sum()) for name, g in gradients.items()},
+            eps=eps,
         )
 
     def batch(
@@ -187,7 +214,20 @@ class Lab:
         """
         started = time.monotonic()
         truth = truth or self.truths[case.problem]
-        engine = self.engine(case)
+        row = self._measure(self.engine(case, eps=truth.eps), case, truth, alter, prepare)
+        noise = self.noise.get(case.problem)
+        if noise is not None:
+            row |= beside_noise(row, noise, truth)
+        return row | {"seconds": round(time.monotonic() - started, 2)}
+
+    def _measure(
+        self,
+        engine: TrainEngine,
+        case: Case,
+        truth: Truth,
+        alter: Alter | None = None,
+        prepare: Callable[[TrainEngine], None] = lambda engine: None,
+    ) -> Row:
         prepare(engine)
         results: list[StepResult] = []
         gradients: dict[str, float] = {}
@@ -200,7 +240,32 @@ class Lab:
                 results.append(engine.step(batch, step=step))
         row = compare(engine, truth, results, gradients)
         engine.close()
-        return row | {"seconds": round(time.monotonic() - started, 2)}
+        return row
+
+
+def undivided(run: RunConfig) -> RunConfig:
+    """A run without any division of its work."""
+    return run.model_copy(
+        update={
+            "parallel": ParallelConfig(),
+            "batch": run.batch.model_copy(update={"micro_size": 1}),
+            "train": run.train.model_copy(update={"recompute": "none"}),
+        }
+    )
+
+
+def with_eps(run: RunConfig, eps: float | None) -> RunConfig:
+    """A run with another `eps` of AdamW; the same run without one."""
+    if eps is None:
+        return run
+    return run.model_copy(update={"optim": run.optim.model_copy(update={"eps": eps})})
+
+
+def element_size(gradients: Mapping[str, torch.Tensor], *, clip_norm: float) -> float:
+    """Root mean square of all elements after the clip."""
+    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    count = sum(g.numel() for g in gradients.values())
+    return (min(norm, clip_norm) if clip_norm > 0 else norm) / count**0.5
 
 
 @contextlib.contextmanager
@@ -270,3 +335,19 @@ def _layers_per_stage(engine: TrainEngine) -> list[int]:
     stages[engine.groups.place.pipeline] = sum(len(c.decoder.layers) for c in engine.parts.chunks)
     dist.all_reduce(stages, op=dist.ReduceOp.MAX, group=engine.groups.world)
     return stages.tolist()
+
+
+def beside_noise(row: Row, noise: Row, truth: Truth) -> Row:
+    """What a row in BF16 gets beside it: its noise, and the parameter that is most above its own.
+
+    Parameters whose gradient is rounding alone have no noise to speak of.
+    """
+    empty = rounding_only(truth.squares)
+    ratios = {
+        name: error / noise["gradients"][name]
+        for name, error in row["gradients"].items()
+        if name not in empty and noise["gradients"][name] > 0
+    }
+    worst = max(ratios, key=lambda name: ratios[name])
+    figures = {key: noise[key] for key in ("joint_error", "loss_error", "norm_error")}
+    return {"noise": figures, "ratio": ratios[worst], "ratio_name": worst}

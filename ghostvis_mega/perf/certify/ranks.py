@@ -5,18 +5,29 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.config.schema import ParallelConfig, RunConfig
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.perf.certify.breaking import measure_broken
 from ghostvis_mega.perf.certify.drive import Journal
 from ghostvis_mega.perf.certify.lab import Case, Lab, Row
+from ghostvis_mega.perf.certify.own import own_cases
+from ghostvis_mega.perf.certify.own_settings import load_own
 from ghostvis_mega.perf.certify.problem import run_of
 from ghostvis_mega.perf.certify.request import SETS, Entry, Request
 
+HANG_S = 180.0
+"""Silence that counts as a hang: a layout takes seconds."""
 
-def first_run(request: Request) -> RunConfig:
-    """Settings to open the world with: those of any layout."""
-    return run_of(SETS[request.set]()[0], request.folder)
+
+def opening_run(request: Request) -> RunConfig:
+    """Settings to open the world with: those of any layout, but patient for `HANG_S` at least."""
+    if request.config is not None:
+        run = load_own(request, request.entries[0])
+    else:
+        run = run_of(SETS[request.set]()[0], request.folder)
+    timeout_s = max(HANG_S, run.train.timeout_s) if request.config is not None else HANG_S
+    train = run.train.model_copy(update={"timeout_s": timeout_s})
+    return run.model_copy(update={"train": train, "parallel": ParallelConfig()})
 
 
 def measure_all(
@@ -36,11 +47,11 @@ def measure_all(
     lab = Lab(request.folder, groups=groups, device=device, steps=request.steps)
     journal = Journal(request.folder)
     progress("computing the references")
-    cases = {entry: _case(lab, request, entry) for entry in request.entries}
+    cases = cases_of(request, lab)
     lab.solve_all(cases.values())
     rows = []
-    for entry, case in cases.items():
-        progress(entry.name)
+    for number, (entry, case) in enumerate(cases.items(), start=1):
+        progress(f"{number} of {len(cases)}: {entry.name}")
         if dist.get_rank() == 0:
             journal.begin(entry)
         fault = entry.fault
@@ -51,8 +62,12 @@ def measure_all(
     return rows
 
 
-def _case(lab: Lab, request: Request, entry: Entry) -> Case:
-    if entry.fault is not None:
-        return lab.case(entry.fault.layout)
-    layout = next(layout for layout in SETS[request.set]() if layout.name == entry.name)
-    return lab.case(layout)
+def cases_of(request: Request, lab: Lab) -> dict[Entry, Case]:
+    """What each entry runs."""
+    if request.config is not None:
+        return own_cases(request)
+    layouts = {layout.name: layout for layout in SETS[request.set]()}
+    return {
+        entry: lab.case(entry.fault.layout if entry.fault is not None else layouts[entry.name])
+        for entry in request.entries
+    }

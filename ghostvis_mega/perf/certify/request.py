@@ -5,18 +5,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from ghostvis_mega.perf.certify.cpu_layouts import cpu_layouts
 from ghostvis_mega.perf.certify.faults import FAULTS, Fault
+from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.utils.errors import ConfigError
 
-SetName = Literal["cpu", "own"]
-
-SETS: dict[str, Callable[[], tuple[Layout, ...]]] = {"cpu": cpu_layouts}
+SETS: dict[str, Callable[[], tuple[Layout, ...]]] = {
+    "cpu": cpu_layouts,
+    "gpu": lambda: GPU_LAYOUTS,
+}
 """Sets that come with the program."""
 
 
@@ -40,7 +42,8 @@ class Entry:
 class Request:
     """One launch."""
 
-    set: SetName
+    set: str
+    """Key of `SETS`; "own" with `config`."""
     entries: tuple[Entry, ...]
     steps: int
     folder: Path
@@ -48,6 +51,8 @@ class Request:
     config: Path | None = None
     """Of somebody's own run."""
     overrides: tuple[str, ...] = ()
+    align: int = 1
+    """Of the packed samples of somebody's own run; see `own_settings`."""
 
     @property
     def ranks(self) -> int:
@@ -74,6 +79,7 @@ class Request:
             folder=Path(given["folder"]),
             config=config,
             overrides=tuple(given["overrides"]),
+            align=given["align"],
         )
 
 

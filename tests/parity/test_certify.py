@@ -1,0 +1,222 @@
+"""The command: verdicts, refusals, launches that fail, and a run of somebody's own."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ghostvis_mega.cli.main import app
+from ghostvis_mega.perf.certify import drive
+from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
+from ghostvis_mega.perf.certify.report import Outcome, exit_code, markdown, summary
+from ghostvis_mega.perf.certify.request import Entry, Request
+from ghostvis_mega.utils.launch import EXIT_HANG
+from tests.launch import ROOT
+
+GOOD = {
+    "gradient_error": 1e-7,
+    "gradient_name": "decoder.layers.0.mlp.linear_fc1.weight",
+    "joint_error": 1e-7,
+    "loss_error": 1e-8,
+    "weight_error": 1e-7,
+    "weight_name": "embedding.weight",
+    "norm_error": 1e-8,
+    "seconds": 1.0,
+}
+
+RUN = """\
+model: {{preset: vlm_tiny}}
+data: {{train: {data}/train.gvd, seq_length: 128, augment: true, num_workers: 1}}
+batch: {{global_size: 4}}
+optim: {{warmup_steps: 5, lr: {{llm: 1.0e-3, vision: 1.0e-3, projector: 1.0e-3}}}}
+deepspeed: {{llm: ds_configs/zero1.json}}
+train: {{steps: 10, device: cpu}}
+log: {{output: {folder}/run}}
+"""
+
+
+def run_cli(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["certify", *arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("key", ["gradient_error", "loss_error", "weight_error", "norm_error"])
+@pytest.mark.parametrize("value", [2e-5, math.nan, math.inf])
+def test_one_figure_over_its_bar_is_red(key: str, value: float) -> None:
+    assert Outcome("a", row=GOOD).verdict == "fine"
+    outcome = Outcome("a", row=GOOD | {key: value})
+    assert outcome.verdict == "red"
+    assert [figure["ok"] for figure in outcome.figures()].count(False) == 1
+
+
+def test_nothing_that_did_not_run_is_fine() -> None:
+    fine, failed = Outcome("a", row=GOOD), Outcome("b", failure="rank 1: ValueError: no")
+    skipped = Outcome("c", not_run="needs 8 processes")
+    assert exit_code([fine]) == 0
+    assert exit_code([fine, skipped]) == 0
+    assert exit_code([fine, failed]) == 1
+    assert exit_code([skipped]) == 1
+    assert summary([fine, failed, skipped]) == "1 of 3 layouts fine, 1 NOT fine, 1 not run"
+    table = markdown([fine, failed, skipped], command="certify")
+    assert "rank 1: ValueError: no" in table
+    assert "needs 8 processes" in table
+    assert [row["ok"] for row in skipped.figures()] == [None]
+
+
+class Launches:
+    """Stands for the ranks: runs entries until one that fails, and remembers the calls."""
+
+    def __init__(self, bad: dict[str, str | int]):
+        self.bad, self.calls = bad, []
+
+    def __call__(self, argv: list[str], *, processes: int, device: str, timeout_s: float) -> int:
+        request = Request.read(Path(argv[-1]))
+        self.calls.append((processes, [entry.name for entry in request.entries]))
+        assert {entry.ranks for entry in request.entries} == {processes}
+        journal = drive.Journal(request.folder)
+        for entry in request.entries:
+            why = self.bad.get(entry.name)
+            if why == "before it begins":
+                return 1
+            journal.begin(entry)
+            if isinstance(why, int):
+                return why
+            if why is not None:
+                drive.note_error(request.folder, rank=2, text=why)
+                return 1
+            journal.end(entry, GOOD)
+        return 0
+
+
+def drive_with(
+    bad: dict[str, str | int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Launches, dict[str, Outcome]]:
+    launches = Launches(bad)
+    monkeypatch.setattr(drive, "launch_self", launches)
+    entries = (Entry("a", 2), Entry("b", 4), Entry("c", 2), Entry("d", 2), Entry("e", 4))
+    request = Request(set="cpu", entries=entries, steps=3, folder=folder)
+    found = drive.certify(request, device="cpu", progress=lambda text: None)
+    return launches, {entry.name: outcome for entry, outcome in found.items()}
+
+
+def test_a_layout_that_raises_is_red_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches, found = drive_with({"c": "ValueError: no", "e": EXIT_HANG}, tmp_path, monkeypatch)
+    assert launches.calls == [(2, ["a", "c", "d"]), (2, ["d"]), (4, ["b", "e"])]
+    verdicts = {name: outcome.verdict for name, outcome in sorted(found.items())}
+    assert verdicts == {"a": "fine", "b": "fine", "c": "red", "d": "fine", "e": "red"}
+    assert found["c"].failure == "rank 2: ValueError: no"
+    assert "hangs" in str(found["e"].failure)
+
+
+def test_a_launch_that_cannot_start_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches, found = drive_with({"a": "before it begins"}, tmp_path, monkeypatch)
+    assert launches.calls == [(2, ["a", "c", "d"]), (4, ["b", "e"])]
+    assert [found[name].verdict for name in "abcde"] == ["red", "fine", "red", "red", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layouts", "gpu"], "needs 2 GPUs"),
+        (["--layouts", "tpu"], "needs RUN.yaml"),
+        ([], "needs RUN.yaml"),
+        (["--layouts", "cpu", "--only", "no such layout"], "fits none of"),
+        (["--layouts", "cpu", "--only", "("], "no regular expression"),
+        (["--layouts", "cpu", "--processes", "3"], "No layout runs on 3 processes"),
+        (["run.yaml", "--layouts", "cpu"], "has a model of its own"),
+        (["run.yaml", "--faults"], "--layouts cpu"),
+        (["run.yaml", "--layouts", "none.yaml"], "no such file"),
+        (["run.yaml"], "run.yaml"),
+    ],
+)
+def test_wrong_settings_end_with_2(arguments: list[str], words: str) -> None:
+    code, output = run_cli(*arguments)
+    assert (code, words in output) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("layouts: []", "must hold one key"),
+        ("layouts: [{name: a, override: []}]", "unknown key override"),
+        ("layouts: [{name: a, overrides: parallel.tensor=2}]", "no list of section.key=value"),
+        ("layouts: [{name: a, ranks: 0}]", "no number of processes"),
+        ("layouts: [{name: a}, {name: a}]", "two layouts have the name"),
+        ("layouts: [", "not valid YAML"),
+        (
+            "layouts: [{name: a}, {name: b, overrides: [parallel.tensor=3]}]",
+            "layout 'b': parallel.tensor=3 does not divide",
+        ),
+    ],
+)
+def test_wrong_layout_files_end_with_2(
+    given: str, words: str, easy_vqa: Path, tmp_path: Path
+) -> None:
+    run, layouts = tmp_path / "run.yaml", tmp_path / "layouts.yaml"
+    run.write_text(RUN.format(data=easy_vqa, folder=tmp_path))
+    layouts.write_text(given)
+    code, output = run_cli(str(run), "--layouts", str(layouts))
+    assert (code, words in output) == (2, True), output
+
+
+def test_gpu_set_is_what_the_documents_say() -> None:
+    names = [layout.name for layout in GPU_LAYOUTS]
+    assert len(set(names)) == len(names)
+    assert sum(layout.ranks == 2 for layout in GPU_LAYOUTS) >= 12
+    assert sum(layout.ranks == 4 for layout in GPU_LAYOUTS) >= 8
+
+
+def test_gpu_set_is_allowed_on_gpus(tmp_path: Path) -> None:
+    from ghostvis_mega.config import deepspeed, rules
+    from ghostvis_mega.perf.certify.problem import run_of
+
+    for layout in GPU_LAYOUTS:
+        run = run_of(layout, tmp_path)
+        found = rules.find_problems(run, world_size=layout.ranks, device="cuda")
+        found += deepspeed.find_problems(run, world_size=layout.ranks)
+        assert found == [], layout.name
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.world_size(2)
+def test_a_run_of_ones_own(easy_vqa: Path, tmp_path: Path) -> None:
+    """Own model, own data, shipped layouts; one layout that needs more processes than there are."""
+    given = yaml.safe_load((ROOT / "examples/certify/two_processes.yaml").read_text())
+    given["layouts"].append({"name": "DP3", "ranks": 3})
+    run, layouts = tmp_path / "run.yaml", tmp_path / "layouts.yaml"
+    run.write_text(RUN.format(data=easy_vqa, folder=tmp_path))
+    layouts.write_text(yaml.safe_dump(given))
+    only = "DP2, ZeRO-2|TP2 without|CP2|DP3"
+    done = subprocess.run(
+        [sys.executable, "-m", "ghostvis_mega", "certify", str(run), "data.augment=false"]
+        + ["--layouts", str(layouts), "--processes", "2", "--only", only, "--json"]
+        + ["--output", str(tmp_path / "kept")],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    assert all(row.keys() == {"name", "value", "unit", "bar", "ok"} for row in rows)
+    held = [row for row in rows if row["bar"] is not None]
+    assert len(held) == 3 * 4
+    assert all(row["ok"] and 0 <= row["value"] <= row["bar"] for row in held)
+    assert any(row["value"] > 0 for row in held), "compared with itself"
+    assert [row["ok"] for row in rows if re.search("^DP3: not run", row["name"])] == [None]
+    kept = (tmp_path / "kept" / "table.md").read_text()
+    assert "3 of 4 layouts fine, 1 not run" in kept
+    assert not (tmp_path / "run").exists(), "a certificate writes nothing where the run would"
