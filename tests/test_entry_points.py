@@ -31,7 +31,8 @@ BIN = Path(sys.executable).parent
 RUN = """\
 model: {{preset: vlm_tiny}}
 data:
-  {{train: {data}/train.gvd, heldout: {data}/test.gvd, seq_length: {length}, augment: true}}
+  {{train: {data}/train.gvd, heldout: {data}/test.gvd, seq_length: {length}, augment: true,
+    segment_align: 4}}
 batch: {{global_size: {packs}}}
 optim: {{schedule: constant, lr: {{llm: 1.0e-3, vision: 1.0e-3, projector: 1.0e-3}}}}
 deepspeed: {{llm: ds_configs/zero1.json}}
@@ -66,7 +67,12 @@ class Outcome:
 def run_file(easy_vqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings of a run whose every step takes all samples, packed."""
     params = PlanParams(
-        algorithm="balanced", seq_length=SEQ_LENGTH, tokens_per_image=16, seed=0, group_images=True
+        algorithm="balanced",
+        seq_length=SEQ_LENGTH,
+        tokens_per_image=16,
+        seed=0,
+        group_images=True,
+        segment_align=4,
     )
     plan = build_plan(Dataset.open(easy_vqa / "train.gvd"), params)
     assert len(plan.samples) == SAMPLES > plan.num_packs
@@ -126,16 +132,24 @@ def tensor(run_file: Path) -> Outcome:
 
 
 @pytest.fixture(scope="module")
+def context(run_file: Path) -> Outcome:
+    """Two ranks that share out every pack, and every picture in it."""
+    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    return train(run_file, launcher, "context", "parallel.context=2")
+
+
+@pytest.fixture(scope="module")
 def pipeline(run_file: Path) -> Outcome:
     """Two pipeline stages under the `deepspeed` launcher, one sample a row."""
     if shutil.which("nvidia-smi") is not None:
         pytest.skip("the deepspeed launcher shows its processes every GPU; this is a run on CPUs")
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()]
-    rows = ["data.packing=false", f"batch.global_size={SAMPLES}", "batch.micro_size=2"]
+    rows = ["data.packing=false", "data.segment_align=null"]
+    rows += [f"batch.global_size={SAMPLES}", "batch.micro_size=2"]
     return train(run_file, launcher, "pipeline", "parallel.pipeline=2", *rows)
 
 
-@pytest.mark.parametrize("name", ["plain", "tensor", "pipeline"])
+@pytest.mark.parametrize("name", ["plain", "tensor", "context", "pipeline"])
 def test_a_run_leaves_metrics_report_checkpoint_and_summary(
     name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -156,9 +170,11 @@ def test_a_run_leaves_metrics_report_checkpoint_and_summary(
     assert "Traceback" not in run.text
 
 
-def test_launchers_and_layouts_agree(plain: Outcome, tensor: Outcome, pipeline: Outcome) -> None:
+def test_launchers_and_layouts_agree(
+    plain: Outcome, tensor: Outcome, context: Outcome, pipeline: Outcome
+) -> None:
     one = plain.steps()
-    for other in (tensor.steps(), pipeline.steps()):
+    for other in (tensor.steps(), context.steps(), pipeline.steps()):
         for mine, theirs in zip(one, other, strict=True):
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
             for key in ("tokens", "trained_tokens", "images"):

@@ -20,6 +20,7 @@ LAYOUTS = [
     "tp2 zero0",
     "pp2 frozen llm",
     "pp2 frozen tower, untied",
+    "tp2sp cp2 zero1",
     "tp2sp bf16 zero2",
     "dp4 bf16 zero3, vision zero2",
     "tp2sp pp2 zero1 offloaded",

@@ -84,6 +84,11 @@ LAYOUTS = [
             {"parallel": {"pipeline": 2}, "train": {"freeze": ["vision"]}}, UNTIED
         ),
     ),
+    Layout(
+        "tp2sp cp2 zero1",
+        1,
+        sections=problem.merge({"parallel": {"tensor": 2, "context": 2}}, FEW),
+    ),
     Layout("tp2sp bf16 zero2", 2, TP2_BF16),
     Layout("dp4 bf16 zero3, vision zero2", 3, BF16),
     Layout("tp2sp pp2 zero1 offloaded", 1, TP2_PP2, offload=("llm", "vision")),

@@ -1,7 +1,7 @@
 """What the quick tests take of the certificate's layouts, and those on which steps are skipped."""
 
 from ghostvis_mega.perf.certify.cpu_layouts import few_cpu_layouts
-from ghostvis_mega.perf.certify.faults import TP, VPP
+from ghostvis_mega.perf.certify.faults import CP, TP, VPP
 from ghostvis_mega.perf.certify.layout import Layout, Sections, parallel
 
 
@@ -33,7 +33,25 @@ STAGES = [
 ]
 """Pipelines of unequal stages."""
 
-LAYOUTS = [*few_cpu_layouts(20), *STAGES]
+CONTEXT = [
+    Layout(name="CP2 x DP2, ZeRO-1", align=4, split=CP),
+    Layout(name="CP2 x DP2, one picture on two ranks", kind="one", align=4, split=CP),
+    Layout(
+        name="CP2 x DP2, one picture on one rank, frozen LLM",
+        kind="one",
+        problem={"data": {"packing": False}, "train": {"freeze": ["llm"]}},
+        split=CP,
+    ),
+    Layout(
+        name="TP2(SP) x CP2, ZeRO-2",
+        stage=2,
+        align=4,
+        split={"parallel": parallel(2, context=2)},
+    ),
+]
+"""Packs with pictures cut over ranks; one picture over two of them, and on one."""
+
+LAYOUTS = [*few_cpu_layouts(20), *STAGES, *CONTEXT]
 HOST = ("llm", "vision")
 
 SKIPS = [
