@@ -20,6 +20,7 @@ Examples (the first writes the truth on one device, the second compares two layo
     --layout parallel.tensor=2 --layout "parallel.tensor=2 parallel.pipeline=2"
 
 \b
+With context parallelism both need data.segment_align=2N, so that they read the same packs.
 The distance of a one-GPU BF16 run is BF16's own rounding noise; a right layout has about the same.
 Exit code: 0 fine, 1 a joint error is above --bar, 2 wrong settings.
 """

@@ -62,10 +62,15 @@ def segmented_params(
         for_sdpa: Also make the index tables of `SDPACoreAttention`.
         context: The context-parallel rank whose queries the tables are for.
     """
+    # Transformer Engine's ring wants both kinds; the same tensor says that no padding lies between
+    # segments.
+    padded = cu_seqlens if context.size > 1 else None
     params = SegmentedParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )

@@ -101,6 +101,19 @@ def test_a_packed_input_is_cut_with_labels_weights_and_pictures() -> None:
     )
 
 
+def test_the_ring_is_told_whole_segments_without_padding_between_them() -> None:
+    cut = model_input(
+        packed_batch(), tokens_per_image=4, device=CPU, for_sdpa=False, context=ContextSlice(2, 1)
+    )
+    assert cut.packed.cu_seqlens_q.tolist() == [0, 8, 20]
+    # The very same tensor: Transformer Engine takes another one for a sign of padding.
+    assert cut.packed.cu_seqlens_q_padded is cut.packed.cu_seqlens_q
+    assert cut.packed.cu_seqlens_kv_padded is cut.packed.cu_seqlens_kv
+    assert (cut.packed.max_seqlen_q, cut.packed.buckets) == (12, [])
+    whole = model_input(packed_batch(), tokens_per_image=4, device=CPU, for_sdpa=False)
+    assert whole.packed.cu_seqlens_q_padded is None
+
+
 def test_unpacked_rows_are_cut_alike() -> None:
     tokens = torch.arange(16).view(2, 8)
     batch = MicroBatch(
