@@ -78,6 +78,7 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
             "tensor": degrees.tensor,
             "pipeline": degrees.pipeline,
             "virtual_pipeline": degrees.virtual_pipeline,
+            "context": degrees.context,
             "data": degrees.data,
             "sequence_parallel": run.parallel.sequence_parallel and degrees.tensor > 1,
             "layers_per_stage": list(degrees.layers_per_stage(run)),

@@ -48,7 +48,8 @@ def run_training_schedule(
             micro-batches.
 
     Returns:
-        Sum of the unscaled losses over this replica's micro-batches; 0 before the last stage.
+        Sum of the unscaled losses over this rank's rows of its replica's micro-batches; 0 before
+        the last stage.
     """
 
     def loss(

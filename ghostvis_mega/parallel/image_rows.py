@@ -44,18 +44,23 @@ def image_rows(
 def _replica_rows(
     layouts: Sequence[SequenceLayout], tokens_per_image: int, context: int
 ) -> tuple[dict[int, np.ndarray], ...]:
-    # A picture that is shown several times may be cut at different rows: each rank gets the union.
-    shown: list[dict[int, np.ndarray]] = [{} for _ in range(context)]
+    ids, owners = [], []
     for layout in layouts:
-        if not layout.image_ids:
-            continue
-        owners = row_owners(layout.segments, size=context)
-        places = np.asarray(layout.image_starts)[:, None] + np.arange(tokens_per_image)
-        for image, slot in zip(layout.image_ids, owners[places], strict=True):
-            for rank in np.unique(slot).tolist():
-                mine = slot == rank
-                before = shown[rank].get(image)
-                shown[rank][image] = mine if before is None else before | mine
-    return tuple(
-        {image: np.flatnonzero(mask) for image, mask in sorted(masks.items())} for masks in shown
-    )
+        if layout.image_ids:
+            places = np.array(layout.image_starts)[:, None] + np.arange(tokens_per_image)
+            owners.append(row_owners(layout.segments, size=context)[places])
+            ids.append(layout.image_ids)
+    if not ids:
+        return tuple({} for _ in range(context))
+    slots = np.concatenate(ids)
+    order = slots.argsort(kind="stable")
+    images, first = np.unique(slots[order], return_index=True)
+    owner_NT = np.concatenate(owners)[order]
+    found = []
+    for rank in range(context):
+        # A picture shown several times may be cut at different rows: the union of its slots.
+        image, row = np.logical_or.reduceat(owner_NT == rank, first).nonzero()
+        ends = np.searchsorted(image, np.arange(len(images)), side="right")
+        parts = np.split(row, ends[:-1])
+        found.append({i: own for i, own in zip(images.tolist(), parts, strict=True) if len(own)})
+    return tuple(found)
