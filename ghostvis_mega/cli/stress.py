@@ -53,8 +53,8 @@ def stress(
     layouts: Annotated[str, typer.Option(help="Names between commas; all that fit.")] = "",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[DeviceName, typer.Option(help="Where to train.")] = DeviceName.cpu,
-    step_timeout_s: Annotated[float, typer.Option(min=1, help="A longer step is a hang.")] = 60.0,
-    timeout_s: Annotated[float, typer.Option(min=1, help="For all steps.")] = 3600.0,
+    step_timeout_s: Annotated[float, typer.Option(min=1, help="A longer step is a hang.")] = 120.0,
+    timeout_s: Annotated[float, typer.Option(min=1, help="For all steps.")] = 7200.0,
     fault: Annotated[FaultName | None, typer.Option(help="Break rank 1 on purpose.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:

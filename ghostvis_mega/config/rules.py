@@ -241,6 +241,11 @@ def find_notes(cfg: RunConfig, *, world_size: int, stages: dict[str, int]) -> li
             "parallel.sequence_parallel=false: norms and residuals are held whole on each of the "
             f"{p.tensor} tensor-parallel ranks."
         )
+    if cfg.train.deterministic:
+        notes.append(
+            "train.deterministic=true: steps take longer; bits are equal for the same layout, kind "
+            "of machine and versions."
+        )
     if cfg.optim.clip_norm == 0:
         notes.append("optim.clip_norm=0: gradients are not clipped.")
     return notes

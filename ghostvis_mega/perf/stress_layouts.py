@@ -39,7 +39,7 @@ LAYOUTS = (
     StressLayout("tp2", 2, {"tensor": 2}),
     StressLayout("tp2-pp2", 1, {"tensor": 2, "pipeline": 2}),
     StressLayout("cp2", 2, {"context": 2}),
-    StressLayout("cp2-pp2", 1, {"context": 2, "pipeline": 2}),
+    StressLayout("cp2-pp2", 2, {"context": 2, "pipeline": 2}),
 )
 
 

@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
+from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.perf.stress_data import CROWD, KINDS, SEQ_LENGTH, write_datasets
-from ghostvis_mega.perf.stress_layouts import LAYOUTS, choose_layouts, split_steps
+from ghostvis_mega.perf.stress_layouts import (
+    LAYOUTS,
+    StressJob,
+    StressLayout,
+    choose_layouts,
+    settings_of,
+    split_steps,
+    write_deepspeed_files,
+)
 from tests.launch import ROOT
 
 pytestmark = pytest.mark.world_size(4)
@@ -81,6 +90,16 @@ def test_layouts_that_fit() -> None:
     assert "tp2-pp2" not in {layout.name for layout in choose_layouts("", processes=2)}
     with pytest.raises(ValueError, match="tp2-pp2: with 2 processes there are zero1"):
         choose_layouts("tp2-pp2", processes=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_settings_break_no_rule(layout: StressLayout, device: Any, tmp_path: Path) -> None:
+    job = StressJob(folder=tmp_path, layouts=LAYOUTS, steps=100, seed=0, step_timeout_s=60)
+    write_deepspeed_files(job)
+    run = settings_of(layout, job, steps=100, cuda=device == "cuda")
+    assert rules.find_problems(run, world_size=4, device=device) == []
+    assert deepspeed.find_problems(run, world_size=4) == []
 
 
 def test_steps_are_shared_out() -> None:
