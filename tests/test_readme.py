@@ -105,7 +105,7 @@ def problems_of_app(module: str, words: list[str], *, world_size: int | None = N
         return [str(error)]
     if not str(given.get("config", "")).endswith(".yaml"):
         return []
-    size = world_size or given.get("world_size", 1)
+    size = world_size or given.get("world_size") or given.get("processes") or 1
     layouts = given.get("layout") or [""]
     return [
         problem
