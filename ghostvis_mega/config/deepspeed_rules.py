@@ -282,15 +282,8 @@ class FileCheck:
             self.refuse(
                 name,
                 0,
-                "with train.precision=bf16 sums gradients in bf16. Use stage 2, or "
+                "with train.precision=bf16 has no fp32 weights to update. Use stage 1 or 2, or "
                 "train.precision=fp32.",
-            )
-        if run.train.precision == "bf16" and stage == 1:
-            why = "silently selects DeepSpeed's BF16_Optimizer, which cannot reduce once a step"
-            if self.offload:
-                why = "takes gradients that only DeepSpeed's own backward fills in"
-            self.refuse(
-                name, 1, f"with train.precision=bf16 and fp32 gradients {why}. Use stage 2."
             )
 
     def _bucket(self, value: Any) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import nn
 
 from ghostvis_mega.config.deepspeed import ResolvedDeepSpeed
@@ -21,6 +22,25 @@ from ghostvis_mega.engine.holder import Holder
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
 from ghostvis_mega.engine.optimizer import build_adamw, host_threads, parameter_groups
 from ghostvis_mega.parallel.groups import Groups
+
+
+@contextlib.contextmanager
+def _zero_optimizer_for_bf16() -> Iterator[None]:
+    """Engines built inside use DeepSpeed's ZeRO optimizer, also for stage 1 in BF16.
+
+    For just that pair with fp32 gradients DeepSpeed selects its BF16_Optimizer, which can neither
+    reduce once a step nor leave the norm to us; the optimizer of stage 2 serves stage 1 as well.
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> str | None:
+        return ZERO_OPTIMIZATION if engine.zero_optimization() else choose(engine, optimizer)
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 class ZeroEngine:
@@ -66,12 +86,16 @@ class ZeroEngine:
             config = config | {
                 "zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False}
             }
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=holder, optimizer=optimizer, config=config, mpu=grid
-        )
+        with _zero_optimizer_for_bf16():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=holder, optimizer=optimizer, config=config, mpu=grid
+            )
         if self.stage in (1, 2) and self.offload:
             # DeepSpeed's settings refuse it beside offload for the sake of Muon alone.
             self.optimizer.compute_grad_norm = False
+        if self.stage in (1, 2):
+            # Else stage 2 would round the fp32 sums of a BF16 model to BF16 in its buckets.
+            self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
         if self.stage == 3:
             # Stage 3 takes the rank in TP x PP where stages 1 and 2 take the tensor rank.
             self.optimizer.model_parallel_rank = grid.get_tensor_model_parallel_rank()
@@ -86,6 +110,9 @@ class ZeroEngine:
         with context:
             yield
             fill_missing_gradients(self.trained)
+            if self.stage == 1 and self.optimizer.use_grad_accum_attribute:
+                # BF16: stage 1 reduces what DeepSpeed's own backward would have put there.
+                self.optimizer.fill_grad_accum_attribute()
         if self.stage == 0:
             average_gradients(
                 self.trained,

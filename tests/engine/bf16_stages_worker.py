@@ -1,0 +1,105 @@
+"""Two ranks train in BF16 with each ZeRO stage: is the reduction exact, the step the same?"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ghostvis_mega.engine import zero
+from ghostvis_mega.engine.inspect import owned_parameters
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
+from ghostvis_mega.perf.certify.lab import Lab
+from ghostvis_mega.perf.certify.layout import Layout
+from tests.launch import write_result
+
+BF16 = {"train": {"precision": "bf16"}}
+HOST = ("llm", "vision")
+LAYOUTS = {
+    "stage 1": Layout(name="stage 1", stage=1, problem=BF16),
+    "stage 2": Layout(name="stage 2", stage=2, problem=BF16),
+    "stage 3": Layout(name="stage 3", stage=3, problem=BF16),
+    "stage 1 on the host": Layout(name="1 host", stage=1, problem=BF16, offload=HOST),
+    "stage 2 on the host": Layout(name="2 host", stage=2, problem=BF16, offload=HOST),
+}
+STEPS = 3
+
+
+def main() -> None:
+    logging.getLogger("DeepSpeed").setLevel("ERROR")
+    torch.set_num_threads(1)
+    apply_cpu_shim()
+    dist.init_process_group("gloo")
+    lab = Lab(Path(os.environ["LAUNCH_FOLDER"]) / "lab")
+    rows = {name: train(lab, layout) for name, layout in LAYOUTS.items()}
+    rows["buckets in BF16"] = train(lab, LAYOUTS["stage 2"], bucket=torch.bfloat16)
+    if dist.get_rank() == 0:
+        write_result(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dict:
+    """A row of one layout; `bucket` is what the LLM's reduction buckets are made of instead."""
+    case = lab.case(layout)
+    engine = lab.engine(case)
+    if bucket is not None:
+        engine.parts.llm_engine.optimizer._gradient_reduction_buffer_dtype = lambda: bucket
+    digest, norms, losses, errors = hashlib.sha256(), [], [], []
+    for step in range(STEPS):
+        batch = case.stream.step_input(case.run, engine.groups, step)
+        local: dict[int, torch.Tensor] = {}
+        with mock.patch.object(zero, "fill_missing_gradients", keep_in(local)):
+            loss_sum = engine.accumulate(batch)
+        errors.append(reduction_error(engine, local))
+        result = engine.update(loss_sum, batch, step=step)
+        norms.append(result.grad_norm)
+        losses.append(result.loss)
+    for name, parameter in owned_parameters(engine):
+        assert parameter.dtype == torch.bfloat16, name
+        digest.update(name.encode() + parameter.detach().view(torch.int16).numpy().tobytes())
+    engine.close()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "reduction_error": max(errors),
+        "weights": digest.hexdigest(),
+    }
+
+
+def keep_in(local: dict[int, torch.Tensor]):
+    """`fill_missing_gradients`, which also copies what is about to be reduced."""
+    fill = zero.fill_missing_gradients
+
+    def fill_and_keep(parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        fill(parameters)
+        for parameter in parameters:
+            assert parameter.grad.dtype == torch.float32
+            local[id(parameter)] = parameter.grad.clone()
+
+    return fill_and_keep
+
+
+def reduction_error(engine: TrainEngine, local: dict[int, torch.Tensor]) -> float:
+    """Worst relative L2 distance of a reduced gradient to the plain fp32 mean; collective."""
+    worst = 0.0
+    for own in engine.engines:
+        group = own.grid.get_data_parallel_group()
+        for parameter in own.trained:
+            mean = local[id(parameter)].clone()
+            dist.all_reduce(mean, group=group)
+            mean /= group.size()
+            error = own.gradient(parameter).float().view_as(mean) - mean
+            worst = max(worst, float(error.norm() / mean.norm().clamp(min=1e-6)))
+    return worst
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""In BF16 every ZeRO stage reduces fp32 gradients exactly; stages 1 and 2 take the same step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import launch
+
+pytestmark = [pytest.mark.world_size(2), pytest.mark.timeout(200)]
+
+STAGES = ["stage 1", "stage 2", "stage 3", "stage 1 on the host", "stage 2 on the host"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    worker = Path(__file__).with_name("bf16_stages_worker.py")
+    return launch(worker, ranks=2, timeout_s=180, folder=tmp_path_factory.mktemp("bf16"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_reduction_keeps_fp32(measured: dict[str, Any], name: str) -> None:
+    assert measured[name]["reduction_error"] <= 1e-6
+
+
+def test_buckets_in_bf16_would_be_seen(measured: dict[str, Any]) -> None:
+    assert measured["buckets in BF16"]["reduction_error"] > 1e-4
+
+
+@pytest.mark.parametrize("place", ["", " on the host"])
+def test_stages_1_and_2_take_the_same_step(measured: dict[str, Any], place: str) -> None:
+    first, second = measured[f"stage 1{place}"], measured[f"stage 2{place}"]
+    assert first["losses"] == second["losses"]
+    assert first["norms"] == pytest.approx(second["norms"], rel=1e-6)
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_all_stages_learn_alike(measured: dict[str, Any], name: str) -> None:
+    row = measured[name]
+    assert row["losses"][0] == measured["stage 2"]["losses"][0]
+    assert row["losses"] == pytest.approx(measured["stage 2"]["losses"], rel=1e-3)
+    assert row["losses"][-1] < row["losses"][0]
+    assert all(norm > 1e-3 for norm in row["norms"])
