@@ -54,6 +54,9 @@ class LLMConfig(Section):
     qkv_bias: bool = True
     tied_embeddings: bool = True
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of hidden values dropped in training, before the first layer and after each attention
+    and MLP. The mask is the same in every layout; rates are rounded to 1/65536."""
 
 
 class VisionConfig(Section):

@@ -24,6 +24,7 @@ from ghostvis_mega.engine.finish import (
 from ghostvis_mega.engine.optimizer import lr_factor
 from ghostvis_mega.engine.pipeline import Picture, Work, run_training_schedule
 from ghostvis_mega.engine.vision import VisionRunner
+from ghostvis_mega.model.dropout import Draw
 from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
@@ -47,6 +48,8 @@ class StepInput:
     """What each context-parallel rank needs of the pictures; None without context parallelism."""
     damage: Damage = Damage()
     """What this rank could not read; all ranks must have agreed on it before the step."""
+    step: int = 0
+    """Counted from 0; decides what dropout drops."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class TrainEngine:
                 reductions.enter_context(self.parts.llm_engine.reduce_once())
             loss_sum = run_training_schedule(
                 self.parts.chunks,
-                self.work(batch.micro_batches),
+                self.work(batch.micro_batches, dropout=Draw.of(self.run, step=batch.step)),
                 pictures,
                 loss_scale=self.loss_scale(batch),
             )
@@ -150,8 +153,10 @@ class TrainEngine:
             )
         return pictures
 
-    def work(self, micro_batches: Sequence[MicroBatch]) -> list[Work]:
-        """Micro-batches on the device."""
+    def work(
+        self, micro_batches: Sequence[MicroBatch], *, dropout: Draw | None = None
+    ) -> list[Work]:
+        """Micro-batches on the device; `dropout` of a training step."""
         return [
             Work(
                 inputs=model_input(
@@ -160,6 +165,7 @@ class TrainEngine:
                     device=self.device,
                     for_sdpa=self.parts.chunks[0].backend == "cpu",
                     context=self.groups.context_slice,
+                    dropout=dropout,
                 ),
                 image_ids=tuple(slot.image_id for slot in batch.images),
             )

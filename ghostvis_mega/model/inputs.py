@@ -8,6 +8,7 @@ import torch
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.model.attention import SegmentedParams, segmented_params
 from ghostvis_mega.model.context import WHOLE, ContextSlice, row_owners
+from ghostvis_mega.model.dropout import Draw, position_keys
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class ModelInput:
     """Which rows of its image each slot shows here, ascending; None: all of them."""
     shows_images: bool
     """Whether the sequence shows images, on this or another context-parallel rank."""
+    dropout_keys_SB: torch.Tensor | None = None
+    """int64; None where nothing is dropped."""
 
 
 def segment_lengths(batch: MicroBatch) -> np.ndarray:
@@ -54,6 +57,7 @@ def model_input(
     device: torch.device,
     for_sdpa: bool,
     context: ContextSlice = WHOLE,
+    dropout: Draw | None = None,
 ) -> ModelInput:
     """Move a micro-batch to `device`, cut to one context-parallel rank, and derive the index
     tables.
@@ -67,6 +71,7 @@ def model_input(
         for_sdpa: Whether attention is `SDPACoreAttention` (needs its tables), not Transformer
             Engine's.
         context: The rank to cut for.
+        dropout: Of the step, in training with dropout.
 
     Raises:
         ValueError: A segment does not divide over the context-parallel ranks.
@@ -95,6 +100,12 @@ def model_input(
     weights = weights_BS.t().reshape(-1)
     trained_rows = weights.nonzero().flatten()
     image_rows, slot_rows = _image_rows(batch, lengths, tokens_per_image, context)
+    keys_SB = None
+    if dropout is not None:
+        # A packed row is named by its first sample.
+        samples = batch.sample_ids if batch.cu_seqlens is None else batch.sample_ids[:1]
+        assert len(samples) == len(tokens_BS), "each row needs a sample that names it"
+        keys_SB = position_keys(dropout, row_samples=samples, rows_S=rows_S)
     return ModelInput(
         tokens_BS=move(tokens_BS),
         rows_S=move(rows_S),
@@ -106,6 +117,7 @@ def model_input(
         image_rows=move(image_rows),
         slot_rows=tuple(None if rows is None else move(rows) for rows in slot_rows),
         shows_images=bool(batch.images),
+        dropout_keys_SB=None if keys_SB is None else move(keys_SB),
     )
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ghostvis_mega.config.schema import LLMConfig
+from ghostvis_mega.model.dropout import ATTENTION, EMBEDDING, drop
 from ghostvis_mega.model.init import initialize
 from ghostvis_mega.model.inputs import ModelInput
 from ghostvis_mega.model.megatron import Backend, block_spec
@@ -133,13 +134,30 @@ class LLMChunk(MegatronModule):
             Hidden states [S, B, H] (S cut between tensor ranks with sequence parallelism), from the
             last chunk normalised and ready for `loss_sum` or `logits`.
         """
+        keys_SB = self._dropout_keys(inputs)
         hidden_SBH = self._embed(inputs, vision_nH) if self.pre_process else None
+        if hidden_SBH is not None and keys_SB is not None:
+            rate = self.llm.hidden_dropout
+            hidden_SBH = drop(hidden_SBH, keys_SB, layer=EMBEDDING, site=ATTENTION, rate=rate)
         return self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,
+            context_mask=keys_SB,
             rotary_pos_emb=self._rotary(inputs),
             packed_seq_params=inputs.packed,
         )
+
+    def _dropout_keys(self, inputs: ModelInput) -> torch.Tensor | None:
+        """Keys of the positions whose activations this rank holds: int64 [S, B]; None where
+        nothing is dropped."""
+        keys_SB = inputs.dropout_keys_SB
+        if not self.training or self.llm.hidden_dropout == 0.0:
+            return None
+        if keys_SB is None:
+            raise ValueError("training with hidden_dropout needs inputs with dropout keys")
+        if self.config.sequence_parallel:
+            keys_SB = keys_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return keys_SB
 
     def _embed(self, inputs: ModelInput, vision_nH: torch.Tensor | None) -> torch.Tensor:
         text_SBH = self.embedding(inputs.tokens_BS).transpose(0, 1).contiguous()

@@ -20,6 +20,7 @@ from torch import nn
 
 from ghostvis_mega.config.schema import LLMConfig
 from ghostvis_mega.model.attention import SDPACoreAttention
+from ghostvis_mega.model.dropout import ATTENTION, MLP, DropoutAdd, DropoutLayer
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def transformer_config(
         add_qkv_bias=llm.qkv_bias,
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
-        hidden_dropout=0.0,
+        hidden_dropout=llm.hidden_dropout,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
@@ -163,4 +164,8 @@ def block_spec(
         layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
         final_norm = RMSNorm
+    if config.hidden_dropout > 0:
+        layer.module = DropoutLayer
+        layer.submodules.self_attn_bda = ModuleSpec(module=DropoutAdd, params={"site": ATTENTION})
+        layer.submodules.mlp_bda = ModuleSpec(module=DropoutAdd, params={"site": MLP})
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)

@@ -16,6 +16,7 @@ import torch
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import ImageSlot, MicroBatch
 from ghostvis_mega.engine.build import build_chunks, build_encoder
+from ghostvis_mega.model.dropout import Draw
 from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.groups import Groups
 
@@ -174,6 +175,7 @@ class LeakProbe:
                 tokens_per_image=run.model.tokens_per_image,
                 device=device,
                 for_sdpa=chunk.backend == "cpu",
+                dropout=Draw.of(run, step=0),
             )
             vision_NTH = encoder(given.pixels_N3hw.to(device))
             vision_NTH.retain_grad()

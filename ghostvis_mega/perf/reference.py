@@ -15,6 +15,7 @@ from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine.build import build_chunks, build_encoder
 from ghostvis_mega.engine.finish import fill_missing_gradients
 from ghostvis_mega.engine.optimizer import lr_factor, parameter_groups
+from ghostvis_mega.model.dropout import Draw
 from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.groups import Groups
 
@@ -69,29 +70,39 @@ class PlainTrainer:
             for name, p in self.trained
         }
 
-    def backward(self, rows: Sequence[MicroBatch], pictures: Mapping[int, torch.Tensor]) -> float:
+    def backward(
+        self,
+        rows: Sequence[MicroBatch],
+        pictures: Mapping[int, torch.Tensor],
+        *,
+        step: int = 0,
+    ) -> float:
         """Accumulate the gradient of the mean loss over all rows' trained tokens; returns that
         loss.
 
         Args:
             rows: The whole global batch.
             pictures: uint8 [3, h, w] by image id.
+            step: Decides what dropout drops.
         """
         trained_tokens = sum(float(row.weights_BS.sum()) for row in rows)
         total = 0.0
         for row in rows:
-            loss = self._loss_sum(row, pictures) / trained_tokens
+            loss = self._loss_sum(row, pictures, step=step) / trained_tokens
             if loss.requires_grad:
                 loss.backward()
             total += loss.item()
         return total
 
-    def _loss_sum(self, row: MicroBatch, pictures: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def _loss_sum(
+        self, row: MicroBatch, pictures: Mapping[int, torch.Tensor], *, step: int
+    ) -> torch.Tensor:
         inputs = model_input(
             row,
             tokens_per_image=self.run.model.tokens_per_image,
             device=self.device,
             for_sdpa=self.llm.backend == "cpu",
+            dropout=Draw.of(self.run, step=step),
         )
         vision_nH = None
         if row.images:

@@ -155,6 +155,7 @@ class Feed:
             trained_tokens=batch.trained_tokens,
             image_rows=self._image_rows(batch),
             damage=Damage(samples=frozenset(samples), images=frozenset(images)),
+            step=step,
         )
 
     def _image_rows(self, batch: GlobalBatch) -> ImageRows | None:

@@ -125,7 +125,7 @@ class Ranks:
         out = []
         for step in range(first, first + count):
             rows, pictures = problem.make_rows(engine.run, kind="mixed", step=step)
-            batch = problem.step_input(engine.run, engine.groups, rows, pictures)
+            batch = problem.step_input(engine.run, engine.groups, rows, pictures, step=step)
             result = engine.step(batch, step=step)
             assert not result.skipped
             out.append((result.loss, result.grad_norm))

@@ -183,6 +183,13 @@ def _other_rows(lab: Lab, fault: Fault) -> Row:
         return lab.measure(lab.case(fault.layout))
 
 
+def _keys_from_zero(chunk: LLMChunk, inputs: ModelInput) -> torch.Tensor | None:
+    # What a generator with the same seed on every tensor rank gives: the first part's masks
+    # everywhere.
+    keys_SB = inputs.dropout_keys_SB
+    return None if keys_SB is None else keys_SB.chunk(chunk.tp_group.size())[0]
+
+
 BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "no sum over the sequence": _patched(
         engine_step, "sum_sequence_parallel_gradients", lambda *_: None
@@ -200,6 +207,7 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "norm without the vision engine": _norm_of_llm_alone,
     "norm without the offloaded engine": _norm_of_vision_alone,
     "batched exchange between two interleaved stages": _batched_exchange,
+    "dropout seed shared across tensor ranks": _patched(LLMChunk, "_dropout_keys", _keys_from_zero),
     "context rows shifted by one": _patched(ContextSlice, "rows", _shifted_rows),
     "gradients of fetched keys and values not summed": _patched(
         SDPACoreAttention, "gather_context", _not_summed

@@ -161,6 +161,7 @@ ENCODING = {
     ),
 }
 MLP = {"SwiGLU": Piece(), "ReLU2": model(llm={"activation": "relu2", "qkv_bias": False})}
+DROPOUT = {"no dropout": Piece(), "dropout": model(llm={"hidden_dropout": 0.1})}
 CLIPPING = {"clipped": Piece(), "no clip": Piece(problem={"optim": {"clip_norm": 0.0}})}
 
 DIMENSIONS: dict[str, dict[str, Piece]] = {
@@ -177,6 +178,7 @@ DIMENSIONS: dict[str, dict[str, Piece]] = {
     "pictures": PICTURES,
     "encoding": ENCODING,
     "mlp": MLP,
+    "dropout": DROPOUT,
     "clipping": CLIPPING,
 }
 """The first value of each, but the grid's, goes without saying in a layout's name."""

@@ -17,6 +17,7 @@ TPPP: Sections = {"parallel": parallel(2, 2)}
 ROWS_OF_TWO: Sections = {"batch": {"micro_size": 2}}
 QKV = r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$"
 UNPACKED: Sections = {"data": {"packing": False}}
+DROPOUT: Sections = {"model": {"llm": {"hidden_dropout": 0.1}}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,11 @@ FAULTS = [
         name="batched exchange between two interleaved stages",
         layout=Layout(name="PP2 interleaved x DP2", split=VPP),
         hit=QKV,
+    ),
+    Fault(
+        name="dropout seed shared across tensor ranks",
+        layout=Layout(name="TP2(SP) x DP2, dropout", problem=DROPOUT, split=TP),
+        hit=r"^decoder\..*weight$",
     ),
     Fault(
         name="context rows shifted by one",

@@ -169,7 +169,7 @@ class Lab:
         losses, norms, gradients, eps = [], [], {}, None
         for step in range(self.steps):
             rows, pictures = case.stream.rows(case.run, groups, step)
-            losses.append(trainer.backward(rows, pictures))
+            losses.append(trainer.backward(rows, pictures, step=step))
             if step == 0:
                 gradients = trainer.gradients()
                 if case.measured_eps:
@@ -194,7 +194,7 @@ class Lab:
             return case.stream.step_input(engine.run, engine.groups, step)
         rows, pictures = case.stream.rows(engine.run, engine.groups, step)
         alter(rows)
-        return step_input(engine.run, engine.groups, rows, pictures)
+        return step_input(engine.run, engine.groups, rows, pictures, step=step)
 
     def measure(
         self,

@@ -97,7 +97,7 @@ class SyntheticStream:
 
     def step_input(self, run: RunConfig, groups: Groups, step: int) -> StepInput:
         rows, pictures = self.rows(run, groups, step)
-        return step_input(run, groups, rows, pictures)
+        return step_input(run, groups, rows, pictures, step=step)
 
 
 def run_of(layout: Layout, folder: Path) -> RunConfig:
@@ -270,7 +270,12 @@ def stack_rows(rows: list[MicroBatch]) -> MicroBatch:
 
 
 def step_input(
-    run: RunConfig, groups: Groups, rows: list[MicroBatch], pictures: dict[int, torch.Tensor]
+    run: RunConfig,
+    groups: Groups,
+    rows: list[MicroBatch],
+    pictures: dict[int, torch.Tensor],
+    *,
+    step: int = 0,
 ) -> StepInput:
     """This rank's part of a global batch: replicas take consecutive rows."""
     data, micro = groups.degrees.data, run.batch.micro_size
@@ -287,6 +292,7 @@ def step_input(
         pixels_N3hw=torch.stack(own) if own else torch.zeros((0, 3, size, size), dtype=torch.uint8),
         trained_tokens=sum(float(row.weights_BS.sum()) for row in rows),
         image_rows=_image_rows(run, parts, context=groups.degrees.context),
+        step=step,
     )
 
 
