@@ -18,7 +18,7 @@ class Picture:
     embedding: torch.Tensor
     """[rows, H]; a leaf in training, whose `.grad` adds up."""
     rows: torch.Tensor | None
-    """int64: which of the picture's rows these are, ascending; None: all."""
+    """int64, on the CPU: which of the picture's rows these are, ascending; None: all."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,21 @@ def run_scoring_schedule(
 def gather_vision(item: Work, pictures: dict[int, Picture]) -> torch.Tensor | None:
     """Embeddings that a micro-batch's slots show on this rank, slot after slot: [rows, H]; None
     without any."""
-    parts = []
+    parts, places, start, picked = [], [], 0, False
     for image, rows in zip(item.image_ids, item.inputs.slot_rows, strict=True):
-        if rows is None:
-            parts.append(pictures[image].embedding)
-        elif len(rows):
-            held = pictures[image].rows
-            parts.append(pictures[image].embedding[torch.searchsorted(held, rows)])
-    return torch.cat(parts) if parts else None
+        if rows is not None and len(rows) == 0:
+            continue
+        picture = pictures[image]
+        parts.append(picture.embedding)
+        if rows is not None and picture.rows is not None:
+            # A slot may show less than what this rank holds, where the picture has another slot.
+            picked = picked or len(rows) < len(picture.rows)
+            places.append(start + torch.searchsorted(picture.rows, rows))
+            start += len(picture.rows)
+    if not parts:
+        return None
+    held_nH = torch.cat(parts)
+    return held_nH[torch.cat(places).to(held_nH.device)] if picked else held_nH
 
 
 def _run(

@@ -149,7 +149,7 @@ class TrainEngine:
             rows = exchange.rows_of(image)
             pictures[image] = Picture(
                 embedding=embedding.clone().requires_grad_(for_training),
-                rows=None if rows is None else torch.from_numpy(rows).to(self.device),
+                rows=None if rows is None else torch.from_numpy(rows),
             )
         return pictures
 

@@ -36,7 +36,7 @@ class ModelInput:
     image_rows: torch.Tensor
     """int64: flat S*B positions that images fill, slot after slot."""
     slot_rows: tuple[torch.Tensor | None, ...]
-    """Which rows of its image each slot shows here, ascending; None: all of them."""
+    """On the CPU: which rows of its image each slot shows here, ascending; None: all of them."""
     shows_images: bool
     """Whether the sequence shows images, on this or another context-parallel rank."""
     dropout_keys_SB: torch.Tensor | None = None
@@ -115,7 +115,7 @@ def model_input(
         labels_R=move(labels_BS.t().reshape(-1)[trained_rows]),
         weights_R=move(weights[trained_rows]),
         image_rows=move(image_rows),
-        slot_rows=tuple(None if rows is None else move(rows) for rows in slot_rows),
+        slot_rows=tuple(slot_rows),
         shows_images=bool(batch.images),
         dropout_keys_SB=None if keys_SB is None else move(keys_SB),
     )

@@ -61,6 +61,6 @@ def _replica_rows(
         # A picture shown several times may be cut at different rows: the union of its slots.
         image, row = np.logical_or.reduceat(owner_NT == rank, first).nonzero()
         ends = np.searchsorted(image, np.arange(len(images)), side="right")
-        parts = np.split(row, ends[:-1])
+        parts = np.split(np.ascontiguousarray(row), ends[:-1])
         found.append({i: own for i, own in zip(images.tolist(), parts, strict=True) if len(own)})
     return tuple(found)

@@ -82,7 +82,7 @@ def test_a_picture_shown_twice_is_the_union_of_both_places() -> None:
     once = SequenceLayout(segments=(12, 12), image_ids=(7,), image_starts=(0,))
     first, second = image_rows([[once]], tokens_per_image=TOKENS, context=2).needed[0]
     assert (first[7].tolist(), second[7].tolist()) == ([0, 1, 2], [3, 4])
-    assert first[7].dtype == np.int64
+    assert first[7].dtype == np.int64 and first[7].flags.c_contiguous
 
 
 def test_other_boundaries_give_other_rows() -> None:
