@@ -153,6 +153,29 @@ class Outcome:
     """To other ranks, by rank 0."""
     comparisons: int
 
+    @classmethod
+    def of(
+        cls,
+        layout: StressLayout,
+        watcher: Watcher,
+        trace: CollectiveTrace,
+        *,
+        cpu_s: float,
+        steps: int,
+    ) -> "Outcome":
+        """What the observers of a layout have seen."""
+        return cls(
+            layout=layout.name,
+            steps=steps,
+            seconds=watcher.seconds,
+            cpu_s=cpu_s,
+            kinds=dict(watcher.stream.kinds),
+            skipped=watcher.skipped,
+            problems=watcher.problems,
+            calls=trace.num_calls,
+            comparisons=trace.comparisons,
+        )
+
 
 def stress_layout(
     layout: StressLayout,
@@ -166,7 +189,7 @@ def stress_layout(
     """Train `steps` bad steps in one layout; collective.
 
     Args:
-        layout: How the model is spread; groups are built here.
+        layout: How the model is spread; its groups are built here.
         job: Folder, seed, fault.
         steps: Of this layout.
         device: Of this rank.
@@ -194,10 +217,10 @@ def stress_layout(
     with trace:
         engine = TrainEngine(run, groups, device=device)
         stream = Stream(run, groups, job.folder / "data", seed=f"{job.seed}/{layout.name}")
+        watcher = Watcher(stream, compare)
         poison(engine, stream)
         if job.fault is not None:
             plant(job.fault, engine)
-        watcher = Watcher(stream, compare)
         loop = Loop(
             engine=engine,
             feed=cast(Feed, stream),
@@ -211,17 +234,7 @@ def stress_layout(
         cpu_s = time.process_time() - began
         compare()
         engine.close()
-    return Outcome(
-        layout=layout.name,
-        steps=steps,
-        seconds=watcher.seconds,
-        cpu_s=cpu_s,
-        kinds=dict(stream.kinds),
-        skipped=watcher.skipped,
-        problems=watcher.problems,
-        calls=trace.num_calls,
-        comparisons=trace.comparisons,
-    )
+    return Outcome.of(layout, watcher, trace, cpu_s=cpu_s, steps=steps)
 
 
 def stress(

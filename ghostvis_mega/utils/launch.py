@@ -148,27 +148,13 @@ def run_ranks(
         "LAUNCH_FOLDER": str(folder),
         "LAUNCH_FUSE_S": str(timeout_s + 60),
     }
-    command = [sys.executable, "-m", "ghostvis_mega.utils.launch", *target]
     name = target[1] if target[0] == "-m" else Path(target[0]).name
     processes: list[subprocess.Popen] = []
     try:
         for rank in range(ranks):
-            with contextlib.ExitStack() as files:
-                shown = rank == 0 and first_output is not None
-                output = (
-                    first_output
-                    if shown
-                    else files.enter_context(_output_file(folder, rank).open("w"))
-                )
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=output,
-                        stderr=None if shown else output,
-                        start_new_session=True,
-                    )
-                )
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            output = None if rank else first_output
+            processes.append(_start(target, rank, folder, environment, output))
         _wait(name, processes, folder, timeout_s)
     finally:
         for process in processes:
@@ -176,6 +162,23 @@ def run_ranks(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _start(
+    target: Sequence[str],
+    rank: int,
+    folder: Path,
+    environment: Mapping[str, str],
+    output: int | None,
+) -> subprocess.Popen:
+    """One rank, in a session of its own."""
+    command = [sys.executable, "-m", "ghostvis_mega.utils.launch", *target]
+    if output is not None:
+        return subprocess.Popen(command, env=environment, stdout=output, start_new_session=True)
+    with _output_file(folder, rank).open("w") as file:
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _free_port() -> int:
