@@ -21,7 +21,7 @@ from ghostvis_mega.parallel.trace_compare import (
 )
 from tests.launch import launch
 
-pytestmark = pytest.mark.world_size(4)
+pytestmark = [pytest.mark.world_size(4), pytest.mark.timeout(300)]
 
 # Of ProcessGroup's methods, those that move nothing.
 SILENT = {
@@ -47,7 +47,7 @@ SILENT = {
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("trace")
     worker = Path(__file__).with_name("trace_worker.py")
-    return launch(worker, ranks=4, timeout_s=100, folder=folder) | {"folder": str(folder)}
+    return launch(worker, ranks=4, timeout_s=240, folder=folder) | {"folder": str(folder)}
 
 
 def test_every_method_that_moves_data_is_traced() -> None:
@@ -64,6 +64,13 @@ def test_every_method_that_moves_data_is_traced() -> None:
 
 def test_as_many_calls_as_the_profiler_sees(seen: dict[str, Any]) -> None:
     traced, counted = seen["seen"]
+    assert traced == counted
+    assert traced > 20
+
+
+@pytest.mark.parametrize("layout", ["zero3", "tp2-pp2"])
+def test_all_calls_of_a_training_step_are_seen(seen: dict[str, Any], layout: str) -> None:
+    traced, counted = seen["steps"][layout]
     assert traced == counted
     assert traced > 20
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,12 +13,22 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch.distributed import ProcessGroup
 
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
-from ghostvis_mega.parallel.groups import build_groups
+from ghostvis_mega.parallel.groups import build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.parallel.trace import CollectiveTrace, group_labels, trace_store
 from ghostvis_mega.parallel.trace_calls import TRACED
 from ghostvis_mega.parallel.trace_compare import TraceMismatch
+from ghostvis_mega.perf.stress_data import write_datasets
+from ghostvis_mega.perf.stress_layouts import (
+    StressJob,
+    choose_layouts,
+    settings_of,
+    write_deepspeed_files,
+)
+from ghostvis_mega.train.feed import Feed
 from tests.launch import write_result
 
 WORLD = 4
@@ -65,6 +76,28 @@ def count_by_profiler(action: Callable[[], None]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         action()
     return sum(event.name.startswith("c10d::") for event in profile.events())
+
+
+def count_in_steps(folder: Path) -> dict[str, list[int]]:
+    """For some layouts, calls of a training step: traced, and seen by the profiler."""
+    layouts = choose_layouts("zero3,tp2-pp2", processes=WORLD)
+    job = StressJob(folder=folder, layouts=layouts, steps=1, seed=0, step_timeout_s=60)
+    if dist.get_rank() == 0:
+        write_datasets(folder / "data")
+        write_deepspeed_files(job)
+    dist.barrier()
+    counts = {}
+    for layout in layouts:
+        destroy_groups()
+        run = settings_of(layout, job, steps=1, cuda=False)
+        groups = build_groups(Degrees.of(run, world_size=WORLD), seed=0)
+        engine = TrainEngine(run, groups, device=torch.device("cpu"))
+        _, work = Feed(run, groups, Dataset.open(run.data.train)).get(0)
+        with CollectiveTrace(rank=groups.rank) as trace:
+            counted = count_by_profiler(partial(engine.step, work, step=0))
+        counts[layout.name] = [trace.num_calls, counted]
+        engine.close()
+    return counts
 
 
 def skip(rank: int, data: dist.ProcessGroup, tensor: dist.ProcessGroup) -> None:
@@ -177,6 +210,7 @@ def main() -> None:
         except TraceMismatch as error:
             results["absent"] = str(error)
     dist.barrier()
+    results["steps"] = count_in_steps(Path(os.environ["LAUNCH_FOLDER"]) / "steps")
     if groups.rank == 0:
         write_result(results)
     dist.destroy_process_group()
