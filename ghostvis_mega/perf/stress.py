@@ -84,12 +84,24 @@ class Stream:
         self.current = self.feeds[kind]
         self.poisoned = None
         if step % 2 and draw.random() < NAN_SHARE:
-            last = self.groups.degrees.pipeline - 1
-            losing = [r for r, place in enumerate(self.groups.places) if place.pipeline == last]
-            self.poisoned = draw.choice(losing)
+            self.poisoned = draw.choice(spoiling_ranks(kind, self.groups))
             kind = "no number"
         self.kinds[kind] += 1
         return self.current.get(step)
+
+
+def spoiling_ranks(kind: str, groups: Groups) -> list[int]:
+    """Ranks whose loss alone makes a batch of this kind one to skip.
+
+    All of the last stage, by their gradients. Where nothing is trained there are none, and of the
+    tensor ranks, which hold the same loss, only the first one's counts.
+    """
+    last = groups.degrees.pipeline - 1
+    return [
+        rank
+        for rank, place in enumerate(groups.places)
+        if place.pipeline == last and (kind != "nothing" or place.tensor == 0)
+    ]
 
 
 def poison(engine: TrainEngine, stream: Stream) -> None:

@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.perf.stress import spoiling_ranks
 from ghostvis_mega.perf.stress_data import CROWD, KINDS, SEQ_LENGTH, write_datasets
 from ghostvis_mega.perf.stress_layouts import (
     LAYOUTS,
@@ -100,6 +102,14 @@ def test_settings_break_no_rule(layout: StressLayout, device: Any, tmp_path: Pat
     run = settings_of(layout, job, steps=100, cuda=device == "cuda")
     assert rules.find_problems(run, world_size=4, device=device) == []
     assert deepspeed.find_problems(run, world_size=4) == []
+
+
+def test_only_losses_that_matter_are_spoiled() -> None:
+    """Where nothing is trained, the second tensor rank's loss reaches neither sum nor gradient."""
+    places = [SimpleNamespace(pipeline=p, tensor=t) for p in (0, 1) for t in (0, 1)]
+    groups = SimpleNamespace(degrees=SimpleNamespace(pipeline=2), places=places)
+    assert spoiling_ranks("mixed", groups) == [2, 3]
+    assert spoiling_ranks("nothing", groups) == [2]
 
 
 def test_steps_are_shared_out() -> None:
