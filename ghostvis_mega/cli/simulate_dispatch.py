@@ -58,7 +58,12 @@ def simulate_dispatch(
     from ghostvis_mega.parallel.volume import embedding_bytes
     from ghostvis_mega.perf import dispatch_simulation as simulation
 
-    sizes = {"seq_length": seq_length, "tokens_per_image": tokens_per_image}
+    sizes = {
+        "seq_length": seq_length,
+        "tokens_per_image": tokens_per_image,
+        # What context parallelism needs of the samples of a pack.
+        "segment_align": 2 * context if context > 1 else 1,
+    }
     shape = simulation.Shape(tensor, pipeline, context, packs_per_replica, global_size)
     try:
         if data is None:

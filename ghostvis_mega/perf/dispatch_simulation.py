@@ -17,7 +17,13 @@ from ghostvis_mega.data.looks.balance import llm_cost, packs_of_step, tower_cost
 from ghostvis_mega.data.looks.mix import ghostvis_mix, picture_sizes
 from ghostvis_mega.data.order import shuffled
 from ghostvis_mega.data.packing import Ragged
-from ghostvis_mega.data.plan import PlanParams, load_or_build, pack_lengths
+from ghostvis_mega.data.plan import (
+    PlanParams,
+    align_up,
+    check_alignment,
+    load_or_build,
+    pack_lengths,
+)
 from ghostvis_mega.data.source import balance
 from ghostvis_mega.parallel.dispatch import ImageDispatch, dispatch_images
 from ghostvis_mega.parallel.groups import Place
@@ -87,21 +93,29 @@ class Shape:
     def places(self, ranks: int) -> list[Place]:
         """Coordinates in rank order: tensor fastest, then context, data, pipeline."""
         return [
-            Place(data=data, pipeline=pipeline, tensor=tensor)
+            Place(data=data, pipeline=pipeline, tensor=tensor, context=context)
             for pipeline in range(self.pipeline)
             for data in range(self.replicas(ranks))
-            for _ in range(self.context)
+            for context in range(self.context)
             for tensor in range(self.tensor)
         ]
 
 
-def mix_packs(*, seq_length: int, tokens_per_image: int, native: bool, seed: int) -> Packs:
-    """Packs of the synthetic GhostVis mix (`data.looks.mix`)."""
+def mix_packs(
+    *, seq_length: int, tokens_per_image: int, segment_align: int, native: bool, seed: int
+) -> Packs:
+    """Packs of the synthetic GhostVis mix (`data.looks.mix`).
+
+    Raises:
+        DataError: `segment_align` does not divide `seq_length`.
+    """
+    check_alignment(seq_length, segment_align)
     lengths, images = ghostvis_mix(
         MIX_SAMPLES, seq_length=seq_length, tokens_per_image=tokens_per_image, seed=seed
     )
     params = PlanParams("balanced", seq_length, tokens_per_image, seed)
-    packs = pack_lengths(lengths, np.arange(len(lengths)), None, params)
+    aligned = align_up(lengths, segment_align)
+    packs = pack_lengths(aligned, np.arange(len(lengths)), None, params)
     packs = packs.take(shuffled(len(packs), seed, _SHUFFLE_KEY))
     starts = packs.offsets[:-1]
     shown = images[packs.values] == 1
@@ -118,14 +132,21 @@ def mix_packs(*, seq_length: int, tokens_per_image: int, native: bool, seed: int
 
 
 def dataset_packs(
-    dataset: Dataset, *, seq_length: int, tokens_per_image: int, native: bool, seed: int
+    dataset: Dataset,
+    *,
+    seq_length: int,
+    tokens_per_image: int,
+    segment_align: int,
+    native: bool,
+    seed: int,
 ) -> Packs:
     """Packs of a prepared dataset, from its plan.
 
     Raises:
         DataError: No sample fits into `seq_length`, or an index is damaged.
     """
-    plan = load_or_build(dataset, PlanParams("balanced", seq_length, tokens_per_image, seed))
+    params = PlanParams("balanced", seq_length, tokens_per_image, seed, segment_align=segment_align)
+    plan = load_or_build(dataset, params)
     ids, counts = dataset.image_ids(plan.samples.astype(np.int64))
     pack_of_sample = np.repeat(np.arange(plan.num_packs), plan.segments)
     width = max(1, dataset.num_images)

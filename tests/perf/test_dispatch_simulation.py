@@ -16,7 +16,12 @@ from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.perf import dispatch_simulation as simulation
 from ghostvis_mega.perf.synthetic_data import write_synthetic
 
-SIZES: dict[str, Any] = {"seq_length": 192, "tokens_per_image": 16, "seed": 7}
+SIZES: dict[str, Any] = {
+    "seq_length": 192,
+    "tokens_per_image": 16,
+    "segment_align": 4,
+    "seed": 7,
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,18 @@ def test_the_mix_is_even_at_64_and_512_ranks(native: list[str]) -> None:
         assert values[f"{ranks} ranks: patches, busiest rank over mean"] <= 1.05
         assert values[f"{ranks} ranks: bytes sent, mean rank"] > 50
     assert sum(row["bar"] is not None for row in rows) == 6
+
+
+def test_context_ranks_share_the_rows() -> None:
+    words = ["--ranks", "64", "--steps", "2", "--tensor", "2", "--pipeline", "1"]
+    rows = {context: run_command(*words, "--context", context)[1] for context in ("1", "4")}
+    values = {
+        context: {row["name"]: row["value"] for row in each} for context, each in rows.items()
+    }
+    assert [values[context]["64 ranks: replicas"] for context in ("1", "4")] == [32, 8]
+    sent = [values[c]["64 ranks: bytes sent, mean rank"] for c in ("1", "4")]
+    # A quarter of the replicas want a quarter of the pictures, each over four ranks in quarters.
+    assert sent[1] < 0.5 * sent[0]
 
 
 def test_few_pictures_a_rank_miss_the_bar() -> None:
