@@ -62,6 +62,7 @@ def layout(
     problem: Sections | None = None,
     split: Sections | None = None,
     sequence_parallel: bool = True,
+    context: int = 1,
     **fields: Any,
 ) -> Layout:
     """A layout with ZeRO-2, the least that BF16 is allowed.
@@ -73,14 +74,16 @@ def layout(
         problem: What else defines the problem, over `BASE`.
         split: How else it is computed.
         sequence_parallel: Of tensor parallelism.
+        context: Context-parallel degree.
         fields: Of `Layout`.
     """
-    grid: Sections = {"parallel": parallel(*degrees, sequence_parallel=sequence_parallel)}
+    degrees_of_grid = parallel(*degrees, sequence_parallel=sequence_parallel, context=context)
     return Layout(
         name=name,
         ranks=ranks,
         problem=merge(BASE, problem or {}),
-        split=merge(grid, split or {}),
+        split=merge({"parallel": degrees_of_grid}, split or {}),
+        align=2 * context if context > 1 else 1,
         **({"stage": 2} | fields),
     )
 
@@ -104,6 +107,10 @@ LAYOUTS = (
     layout("PP2, one picture", 1, 2, kind="one"),
     layout("PP2, frozen LLM", 1, 2, problem=freeze("llm")),
     layout("PP2 interleaved, all text", 1, 2, 2, kind="text"),
+    layout("PP2, 3 + 5 layers", 1, 2, split={"parallel": {"first_stage_layers": 3}}),
+    layout("CP2", context=2),
+    layout("CP2, unpacked", context=2, problem=UNPACKED),
+    layout("CP2, ZeRO-3, full recompute", context=2, stage=3, split=FULL),
     layout("DP4, ZeRO-2", ranks=4),
     layout("DP4, ZeRO-3", ranks=4, stage=3),
     layout("TP4(SP)", 4, ranks=4),
@@ -114,4 +121,9 @@ LAYOUTS = (
     layout("PP4", 1, 4, ranks=4),
     layout("PP4 interleaved", 1, 4, 2, ranks=4),
     layout("PP2 x DP2, one picture", 1, 2, ranks=4, kind="one"),
+    layout("TP2(SP) x CP2", 2, ranks=4, context=2),
+    layout("PP2 x CP2", 1, 2, ranks=4, context=2),
+    layout("PP2 interleaved x CP2, one picture", 1, 2, 2, ranks=4, context=2, kind="one"),
+    layout("CP2 x DP2, ZeRO-3", ranks=4, context=2, stage=3),
+    layout("CP4", ranks=4, context=4),
 )

@@ -123,7 +123,9 @@ class Lab:
 
     def solve_all(self, cases: Iterable[Case]) -> None:
         """Compute every reference that is still missing, the work spread over the ranks."""
-        problems = {case.problem: case for case in cases}
+        problems: dict[str, Case] = {}
+        for case in cases:
+            problems.setdefault(case.problem, case)
         missing = [key for key in problems if key not in self.truths]
         groups = self.alone()
         rank, world = dist.get_rank(), dist.get_world_size()
