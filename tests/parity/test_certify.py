@@ -14,10 +14,12 @@ import yaml
 from typer.testing import CliRunner
 
 from ghostvis_mega.cli.main import app
+from ghostvis_mega.config import deepspeed, rules
+from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.perf.certify import drive
 from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
 from ghostvis_mega.perf.certify.report import Outcome, exit_code, markdown, summary
-from ghostvis_mega.perf.certify.request import Entry, Request
+from ghostvis_mega.perf.certify.request import Entry, Request, own_entries
 from ghostvis_mega.utils.launch import EXIT_HANG
 from tests.launch import ROOT
 
@@ -179,7 +181,6 @@ def test_gpu_set_is_what_the_documents_say() -> None:
 
 
 def test_gpu_set_is_allowed_on_gpus(tmp_path: Path) -> None:
-    from ghostvis_mega.config import deepspeed, rules
     from ghostvis_mega.perf.certify.problem import run_of
 
     for layout in GPU_LAYOUTS:
@@ -187,6 +188,20 @@ def test_gpu_set_is_allowed_on_gpus(tmp_path: Path) -> None:
         found = rules.find_problems(run, world_size=layout.ranks, device="cuda")
         found += deepspeed.find_problems(run, world_size=layout.ranks)
         assert found == [], layout.name
+
+
+@pytest.mark.parametrize("file", ["two_processes.yaml", "four_processes.yaml"])
+def test_shipped_layouts_are_allowed_for_the_demo(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    tiny = "examples/configs/vlm_tiny_easyvqa.yaml"
+    for entry in own_entries(Path("examples/certify") / file, ranks=1):
+        loaded = read_run_config(tiny, entry.overrides)
+        assert loaded.config is not None and loaded.problems == []
+        assert entry.ranks == {"two": 2, "four": 4}[file.split("_")[0]]
+        assert rules.find_problems(loaded.config, world_size=entry.ranks, device="cpu") == []
+        assert deepspeed.find_problems(loaded.config, world_size=entry.ranks) == []
 
 
 @pytest.mark.timeout(300)
