@@ -12,9 +12,6 @@ def deep(num_layers: int) -> Sections:
 
 STAGES = [
     Layout(
-        name="PP2 x DP2, 3 + 1 layers", split={"parallel": parallel(1, 2, first_stage_layers=3)}
-    ),
-    Layout(
         name="PP2 interleaved x DP2, 4 + 2 layers",
         problem=deep(6),
         split={"parallel": parallel(1, 2, 2, first_stage_layers=4, last_stage_layers=2)},
@@ -25,16 +22,10 @@ STAGES = [
         problem=deep(8),
         split={"parallel": parallel(1, 4, first_stage_layers=1, last_stage_layers=1)},
     ),
-    Layout(
-        name="PP4 interleaved, 2 + 4 + 4 + 2 layers, untied",
-        problem={"model": {"llm": {"num_layers": 12, "tied_embeddings": False}}},
-        split={"parallel": parallel(1, 4, 2, first_stage_layers=2, last_stage_layers=2)},
-    ),
 ]
-"""Pipelines of unequal stages."""
+"""Pipelines of other stages than the covering design has."""
 
 CONTEXT = [
-    Layout(name="CP2 x DP2, ZeRO-1", align=4, split=CP),
     Layout(name="CP2 x DP2, one picture on two ranks", kind="one", align=4, split=CP),
     Layout(
         name="CP2 x DP2, one picture on one rank, frozen LLM",
@@ -42,14 +33,8 @@ CONTEXT = [
         problem={"data": {"packing": False}, "train": {"freeze": ["llm"]}},
         split=CP,
     ),
-    Layout(
-        name="TP2(SP) x CP2, ZeRO-2",
-        stage=2,
-        align=4,
-        split={"parallel": parallel(2, context=2)},
-    ),
 ]
-"""Packs with pictures cut over ranks; one picture over two of them, and on one."""
+"""One picture cut over two ranks, and whole on one."""
 
 LAYOUTS = [*few_cpu_layouts(20), *STAGES, *CONTEXT]
 HOST = ("llm", "vision")

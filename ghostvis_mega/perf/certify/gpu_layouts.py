@@ -45,6 +45,7 @@ PERCEIVER: Sections = {
         "connector": {"kind": "perceiver_mlp"},
     }
 }
+DROPOUT: Sections = {"model": {"llm": {"hidden_dropout": 0.1}}}
 FULL: Sections = {"train": {"recompute": "full"}}
 SELECTIVE: Sections = {"train": {"recompute": "selective"}}
 KEPT: Sections = {"tower": {"backward": "keep", "images_per_forward": 2}}
@@ -65,7 +66,7 @@ def layout(
     context: int = 1,
     **fields: Any,
 ) -> Layout:
-    """A layout with ZeRO-2, the least that BF16 is allowed.
+    """A layout, with ZeRO-2 unless `fields` say otherwise.
 
     Args:
         name: As the table shows it.
@@ -90,6 +91,7 @@ def layout(
 
 LAYOUTS = (
     layout("DP2, ZeRO-2"),
+    layout("DP2, ZeRO-1", stage=1),
     layout("DP2, ZeRO-3", stage=3),
     layout("DP2, ZeRO-2 offloaded", offload=("llm", "vision")),
     layout("DP2, ZeRO-2, graphs kept, two by two", split=KEPT),
@@ -111,7 +113,9 @@ LAYOUTS = (
     layout("CP2", context=2),
     layout("CP2, unpacked", context=2, problem=UNPACKED),
     layout("CP2, ZeRO-3, full recompute", context=2, stage=3, split=FULL),
+    layout("TP2(SP), dropout", 2, problem=DROPOUT),
     layout("DP4, ZeRO-2", ranks=4),
+    layout("TP2(SP) x DP2, ZeRO-1", 2, ranks=4, stage=1),
     layout("DP4, ZeRO-3", ranks=4, stage=3),
     layout("TP4(SP)", 4, ranks=4),
     layout("TP2(SP) x DP2", 2, ranks=4),
