@@ -20,7 +20,7 @@ def card(
     Args:
         parts: The model.
         form: Of the export.
-        about: From `exporter.about_manifest`.
+        about: From `exporter.about_training`.
         dtype: Of the weights.
         quantised: `quantization_config` of config.json, where the weights are quantised.
     """

@@ -11,9 +11,10 @@ import torch
 from ghostvis_mega.checkpoint.manifest import MANIFEST_FILE
 from ghostvis_mega.convert.hf_config import parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
-from ghostvis_mega.convert.mapping import LAYOUTS, entries
+from ghostvis_mega.convert.mapping import entries
 from ghostvis_mega.convert.native import NativeWeights
 from ghostvis_mega.convert.output import EXPORT_FILE, export_damage
+from ghostvis_mega.convert.table import LAYOUTS
 from ghostvis_mega.convert.tensor_file import DTYPES, Buffer, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
 

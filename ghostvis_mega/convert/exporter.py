@@ -2,12 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.manifest import Manifest
 from ghostvis_mega.convert.assets import Assets, Found, find_assets, write_assets
@@ -15,7 +18,7 @@ from ghostvis_mega.convert.card import card
 from ghostvis_mega.convert.hf_config import Format, choose_format, config_of_parts
 from ghostvis_mega.convert.hf_folder import CONFIG
 from ghostvis_mega.convert.importer import DTYPE_NAMES
-from ghostvis_mega.convert.mapping import LAYOUTS, VERSION, Entry, Parts, entries
+from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.native import NativeWeights
 from ghostvis_mega.convert.output import (
     SHARD_BYTES,
@@ -27,6 +30,7 @@ from ghostvis_mega.convert.output import (
     write_parallel,
 )
 from ghostvis_mega.convert.remote import CODE_FILES
+from ghostvis_mega.convert.table import LAYOUTS, VERSION
 from ghostvis_mega.convert.tensor_file import DTYPES, Buffer, TensorInfo, cast
 from ghostvis_mega.utils.errors import CheckpointError
 
@@ -84,6 +88,14 @@ class ExportPlan:
         for info in self.infos.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
         return str(DTYPES[max(sizes, key=sizes.__getitem__)]).removeprefix("torch.")
+
+    def names_of(self, native: str) -> list[str]:
+        """The tensors that a parameter of ours is cut into; none where the format lacks it."""
+        return self._names.get(native, [])
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        return {entry.native: [tensor.name for tensor in entry.hf] for entry in self.entries}
 
     def shards(self, largest: int) -> list[Shard]:
         """Files and their tensors."""
@@ -172,9 +184,18 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
             written = write_parallel(folder, shards, lambda: chunks)
             if damage is not None and (found := damage.result()):
                 raise CheckpointError("; ".join(found))
-            finish_export(folder, plan, shards, written, about_manifest(weights.manifest))
+            finish_export(folder, plan, shards, written, _about(weights.manifest))
     log.info("exported %d tensors as %s into %s", len(plan.infos), plan.form, out)
     return out
+
+
+def _about(manifest: Manifest) -> dict[str, Any]:
+    return about_training(
+        manifest.layout,
+        step=manifest.step,
+        sequences=manifest.sequences,
+        imported=manifest.extra.get("imported"),
+    )
 
 
 def tensor_chunks(
@@ -201,8 +222,17 @@ def tensor_chunks(
     return chunks
 
 
-def about_manifest(manifest: Manifest) -> dict[str, Any]:
-    """What an export says about the checkpoint that it is of."""
+def about_training(
+    layout: Mapping[str, JsonValue], *, step: int, sequences: int, imported: JsonValue
+) -> dict[str, Any]:
+    """What an export says about the weights that it is of.
+
+    Args:
+        layout: Settings by field name, as a checkpoint's manifest has them.
+        step: Optimizer steps done.
+        sequences: Sequences consumed by them.
+        imported: What the checkpoint says about an import, if it is one.
+    """
     names = (
         "train.seed",
         "train.precision",
@@ -212,10 +242,10 @@ def about_manifest(manifest: Manifest) -> dict[str, Any]:
         "data.packing",
     )
     return {
-        "step": manifest.step,
-        "sequences": manifest.sequences,
-        "training": {n: manifest.layout[n] for n in names if n in manifest.layout},
-        "imported": manifest.extra.get("imported"),
+        "step": step,
+        "sequences": sequences,
+        "training": {n: layout[n] for n in names if n in layout},
+        "imported": imported,
     }
 
 
@@ -235,7 +265,7 @@ def finish_export(
         plan: The export.
         shards: Its files.
         written: Their sizes and digests.
-        about: From `about_manifest`.
+        about: From `about_training`.
         config_changes: Keys of config.json beside those of the model.
     """
     write_index(folder, shards)

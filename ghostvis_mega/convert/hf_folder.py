@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ghostvis_mega.convert.mapping import IGNORED, LAYOUTS, Entry, Layout, Parts, entries
+from ghostvis_mega.convert.mapping import Entry, Parts, entries
+from ghostvis_mega.convert.table import IGNORED, LAYOUTS, Layout
 from ghostvis_mega.convert.tensor_file import Buffer, TensorFile, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
 

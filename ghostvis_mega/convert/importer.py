@@ -15,9 +15,10 @@ from ghostvis_mega.checkpoint.manifest import write_manifest
 from ghostvis_mega.config.schema import VisionConfig
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
-from ghostvis_mega.convert.mapping import VERSION, Entry, Parts
+from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.native import VOCAB_KEY, layout_of_parts
 from ghostvis_mega.convert.output import SHARD_BYTES, Shard, new_directory, write_parallel
+from ghostvis_mega.convert.table import VERSION
 from ghostvis_mega.convert.tensor_file import (
     CODES,
     DTYPES,

@@ -1,18 +1,14 @@
-"""The one table of names: every parameter of ours, the Hugging Face tensors it is made of, and how.
+"""What the table of names says about one model: its parameters, their tensors, and the elements.
 
 A rule names a parameter of ours and the tensors on the other side with their sizes. Whatever the
 rule does, a parameter of ours is a sequence of *runs*: stretches of elements, row-major, of the
 tensors on the other side. So import concatenates runs, export cuts them apart, and nobody
 else needs to know what a query group is. Imports no torch.
-
-Sizes: V vocabulary, H hidden, Q query width, K key/value width, F MLP width; tower: C width, M MLP
-width, S positions, p patch side; T latents; numbers stand for themselves.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 from ghostvis_mega.config.schema import (
     ConnectorConfig,
@@ -21,11 +17,22 @@ from ghostvis_mega.config.schema import (
     Module,
     VisionConfig,
 )
-
-VERSION = 1
-"""Of the table; exports record it."""
-
-Op = Literal["copy", "stack", "qkv"]
+from ghostvis_mega.convert.table import (
+    ONLY,
+    PROJECTOR,
+    RESAMPLER,
+    RESAMPLER_END,
+    RESAMPLER_LAYER,
+    TEXT,
+    TEXT_END,
+    TEXT_LAYER,
+    TOWER,
+    TOWER_END,
+    TOWER_LAYER,
+    Layout,
+    Op,
+    Rule,
+)
 
 
 @dataclass(frozen=True)
@@ -47,216 +54,6 @@ class Parts:
         if self.vision is None or self.connector is None:
             return 0
         return self.connector.tokens_per_image or self.vision.num_patches
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a kind of directory keeps the parts; None: it does not hold them."""
-
-    name: str
-    llm: str | None = None
-    head: str | None = None
-    tower: str | None = None
-    projector: str | None = None
-
-    def prefix(self, slot: str) -> str | None:
-        """What a slot of a rule stands for."""
-        return getattr(self, slot)
-
-
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        # What the hub's LLaVA checkpoints hold and every engine reads.
-        Layout(
-            "llava",
-            llm="language_model.model.",
-            head="language_model.lm_head.weight",
-            tower="vision_tower.vision_model.",
-            projector="multi_modal_projector.",
-        ),
-        # transformers >= 5.6 saves models that it made itself without `vision_model`.
-        Layout(
-            "llava-flat",
-            llm="language_model.model.",
-            head="language_model.lm_head.weight",
-            tower="vision_tower.",
-            projector="multi_modal_projector.",
-        ),
-        # transformers 4.52 to 5.5.
-        Layout(
-            "llava-nested",
-            llm="model.language_model.",
-            head="lm_head.weight",
-            tower="model.vision_tower.vision_model.",
-            projector="model.multi_modal_projector.",
-        ),
-        # Exactly the module names of today: what transformers wants of models with code of
-        # their own.
-        Layout(
-            "ghostvis",
-            llm="model.language_model.",
-            head="lm_head.weight",
-            tower="model.vision_tower.",
-            projector="model.multi_modal_projector.",
-        ),
-        Layout("text", llm="model.", head="lm_head.weight"),
-        Layout("tower", tower="vision_model."),
-        Layout("tower-flat", tower=""),
-    )
-}
-"""Ways to name the same tensors. Qwen2 and Llama models share `text`."""
-
-IGNORED = (
-    "{tower}embeddings.position_ids",
-    "{tower}head.",
-    "text_model.",
-    "logit_scale",
-    "logit_bias",
-    "text_projection.",
-    "visual_projection.",
-    "{llm}rotary_emb.",
-)
-"""Beginnings of names that an import passes over: buffers, and parts of SigLIP and CLIP beside the
-tower."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One parameter of ours; `{i}` counts layers, other braces are slots of a layout."""
-
-    native: str
-    hf: tuple[str, ...]
-    """`NAME: SIZES` of each tensor."""
-    op: Op = "copy"
-    """`stack`: one after the other along the first dimension; `qkv`: for each key/value head its
-    queries, its key and its value."""
-
-
-_TEXT = (Rule("embedding.weight", ("{llm}embed_tokens.weight: V H",)),)
-_TEXT_LAYER = (
-    Rule(
-        "decoder.layers.{i}.input_layernorm.weight", ("{llm}layers.{i}.input_layernorm.weight: H",)
-    ),
-    Rule(
-        "decoder.layers.{i}.self_attention.linear_qkv.weight",
-        (
-            "{llm}layers.{i}.self_attn.q_proj.weight: Q H",
-            "{llm}layers.{i}.self_attn.k_proj.weight: K H",
-            "{llm}layers.{i}.self_attn.v_proj.weight: K H",
-        ),
-        op="qkv",
-    ),
-    Rule(
-        "decoder.layers.{i}.self_attention.linear_qkv.bias",
-        (
-            "{llm}layers.{i}.self_attn.q_proj.bias: Q",
-            "{llm}layers.{i}.self_attn.k_proj.bias: K",
-            "{llm}layers.{i}.self_attn.v_proj.bias: K",
-        ),
-        op="qkv",
-    ),
-    Rule(
-        "decoder.layers.{i}.self_attention.linear_proj.weight",
-        ("{llm}layers.{i}.self_attn.o_proj.weight: H Q",),
-    ),
-    Rule(
-        "decoder.layers.{i}.pre_mlp_layernorm.weight",
-        ("{llm}layers.{i}.post_attention_layernorm.weight: H",),
-    ),
-    Rule(
-        "decoder.layers.{i}.mlp.linear_fc1.weight",
-        (
-            "{llm}layers.{i}.mlp.gate_proj.weight: F H",
-            "{llm}layers.{i}.mlp.up_proj.weight: F H",
-        ),
-        op="stack",
-    ),
-    Rule(
-        "decoder.layers.{i}.mlp.linear_fc2.weight",
-        ("{llm}layers.{i}.mlp.down_proj.weight: H F",),
-    ),
-)
-_TEXT_END = (
-    Rule("decoder.final_layernorm.weight", ("{llm}norm.weight: H",)),
-    Rule("head.weight", ("{head}: V H",)),
-)
-
-
-def _same(prefix: str, slot: str, *named: str) -> tuple[Rule, ...]:
-    """Parameters whose name behind a prefix is the same on both sides."""
-    rules = []
-    for item in named:
-        name = item.partition(":")[0]
-        rules.append(Rule(prefix + name, (f"{{{slot}}}{item}",)))
-    return tuple(rules)
-
-
-_TOWER = _same(
-    "tower.",
-    "tower",
-    "embeddings.class_embedding: C",
-    "embeddings.patch_embedding.weight: C 3 p p",
-    "embeddings.patch_embedding.bias: C",
-    "embeddings.position_embedding.weight: S C",
-    "pre_layrnorm.weight: C",
-    "pre_layrnorm.bias: C",
-)
-_TOWER_LAYER = _same(
-    "tower.",
-    "tower",
-    "encoder.layers.{i}.layer_norm1.weight: C",
-    "encoder.layers.{i}.layer_norm1.bias: C",
-    *(
-        f"encoder.layers.{{i}}.self_attn.{part}_proj.{kind}"
-        for part in ("q", "k", "v", "out")
-        for kind in ("weight: C C", "bias: C")
-    ),
-    "encoder.layers.{i}.layer_norm2.weight: C",
-    "encoder.layers.{i}.layer_norm2.bias: C",
-    "encoder.layers.{i}.mlp.fc1.weight: M C",
-    "encoder.layers.{i}.mlp.fc1.bias: M",
-    "encoder.layers.{i}.mlp.fc2.weight: C M",
-    "encoder.layers.{i}.mlp.fc2.bias: C",
-)
-_TOWER_END = _same("tower.", "tower", "post_layernorm.weight: C", "post_layernorm.bias: C")
-_ONLY = {
-    "siglip": ("tower.embeddings.patch_embedding.bias",),
-    "clip": (
-        "tower.embeddings.class_embedding",
-        "tower.pre_layrnorm.weight",
-        "tower.pre_layrnorm.bias",
-    ),
-}
-"""Parameters that one kind of tower has and the other has not."""
-
-_RESAMPLER = (Rule("resampler.latents", ("{projector}resampler.latents: T C",)),)
-_RESAMPLER_LAYER = tuple(
-    Rule(f"resampler.layers.{{i}}.{name}", (f"{{projector}}resampler.layers.{{i}}.{name}: {size}",))
-    for part, rows, columns in (
-        ("norm_latents", "C", ""),
-        ("norm_patches", "C", ""),
-        ("norm_mlp", "C", ""),
-        ("q_proj", "C", " C"),
-        ("kv_proj", "2C", " C"),
-        ("out_proj", "C", " C"),
-        ("fc1", "4C", " C"),
-        ("fc2", "C", " 4C"),
-    )
-    for name, size in ((f"{part}.weight", rows + columns), (f"{part}.bias", rows))
-)
-_RESAMPLER_END = tuple(
-    Rule(f"resampler.norm.{kind}", (f"{{projector}}resampler.norm.{kind}: C",))
-    for kind in ("weight", "bias")
-)
-_PROJECTOR = _same(
-    "projector.",
-    "projector",
-    "linear_1.weight: H C",
-    "linear_1.bias: H",
-    "linear_2.weight: H H",
-    "linear_2.bias: H",
-)
 
 
 @dataclass(frozen=True)
@@ -318,21 +115,21 @@ def entries(parts: Parts, layout: Layout, *, hf_vocab: int | None = None) -> lis
 def _rules(parts: Parts) -> Iterator[tuple[Rule, int]]:
     """Rules of a model with the number of their layer (0 elsewhere)."""
     if (llm := parts.llm) is not None:
-        yield from _plain(_TEXT)
+        yield from _plain(TEXT)
         lacks = () if llm.qkv_bias else ("linear_qkv.bias",)
-        yield from _layers(_TEXT_LAYER, llm.num_layers, lacks)
-        yield from _plain(_TEXT_END[:1] if llm.tied_embeddings else _TEXT_END)
+        yield from _layers(TEXT_LAYER, llm.num_layers, lacks)
+        yield from _plain(TEXT_END[:1] if llm.tied_embeddings else TEXT_END)
     if (vision := parts.vision) is not None:
-        lacks = _ONLY["clip" if vision.kind == "siglip" else "siglip"]
-        yield from _plain(rule for rule in _TOWER if rule.native not in lacks)
-        yield from _layers(_TOWER_LAYER, vision.num_layers)
-        yield from _plain(_TOWER_END)
+        lacks = ONLY["clip" if vision.kind == "siglip" else "siglip"]
+        yield from _plain(rule for rule in TOWER if rule.native not in lacks)
+        yield from _layers(TOWER_LAYER, vision.num_layers)
+        yield from _plain(TOWER_END)
     if (connector := parts.connector) is not None:
         if connector.kind == "perceiver_mlp":
-            yield from _plain(_RESAMPLER)
-            yield from _layers(_RESAMPLER_LAYER, connector.num_layers)
-            yield from _plain(_RESAMPLER_END)
-        yield from _plain(_PROJECTOR)
+            yield from _plain(RESAMPLER)
+            yield from _layers(RESAMPLER_LAYER, connector.num_layers)
+            yield from _plain(RESAMPLER_END)
+        yield from _plain(PROJECTOR)
 
 
 def _plain(rules: Iterable[Rule]) -> Iterator[tuple[Rule, int]]:
