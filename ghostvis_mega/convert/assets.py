@@ -204,6 +204,22 @@ def _write_tokenizer(folder: Path, found: Found, max_positions: int | None) -> N
     _write_json(folder / "tokenizer_config.json", settings)
     template = chat_template(find_style(found.style), tokenizer)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _check_loaded(folder, tokenizer, [*PROBES, *found.texts])
+
+
+def _check_loaded(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """What transformers makes of the files: for some models it has a vocabulary's rules built in
+    and reads only a part of them."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder)
+    try:
+        check_same_ids(tokenizer, loaded.backend_tokenizer, texts)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"transformers reads the tokenizer of such a model as {type(loaded).__name__}, "
+            f"whatever its files say: {error}; or leave the tokenizer out"
+        ) from error
 
 
 def image_processor(parts: Parts) -> dict[str, Any]:

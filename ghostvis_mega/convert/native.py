@@ -22,6 +22,7 @@ from ghostvis_mega.convert.tensor_file import (
     TensorFile,
     TensorInfo,
     as_bytes,
+    joined,
 )
 from ghostvis_mega.utils.errors import CheckpointError
 
@@ -105,7 +106,7 @@ class NativeWeights:
             rows = min(step, (start + length) // width - row)
             pieces = []
             for rank in range(count):
-                data = bytearray(b"".join(self._part(name, rank, row * own, rows * own)))
+                data = joined(self._part(name, rank, row * own, rows * own))
                 pieces.append(torch.frombuffer(data, dtype=dtype).view(rows, own))
             yield as_bytes(torch.cat(pieces, dim=1))
 

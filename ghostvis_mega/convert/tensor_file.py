@@ -132,7 +132,7 @@ class TensorFile:
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of one tensor; for small ones."""
         info = self.tensors[name]
-        data = bytearray(b"".join(self.chunks(name, 0, info.num_bytes)))
+        data = joined(self.chunks(name, 0, info.num_bytes))
         return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
 
     def close(self) -> None:
@@ -212,6 +212,14 @@ def cast(chunks: Iterator[Buffer], *, source: str, target: str) -> Iterator[Buff
     for chunk in chunks:
         values = torch.frombuffer(bytearray(chunk), dtype=DTYPES[source])
         yield as_bytes(values.to(DTYPES[target]))
+
+
+def joined(chunks: Iterator[Buffer]) -> bytearray:
+    """A copy of all chunks, each of which is valid only until the next."""
+    found = bytearray()
+    for chunk in chunks:
+        found += chunk
+    return found
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

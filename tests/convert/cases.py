@@ -70,7 +70,7 @@ def randomise(model: nn.Module, seed: int = 7) -> nn.Module:
         for name, parameter in sorted(model.named_parameters()):
             norm = "norm" in name and name.endswith("weight")
             values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(values * (0.2 if norm else 0.15) + (1.0 if norm else 0.0))
+            parameter.copy_(values * (0.2 if norm else 0.1) + (1.0 if norm else 0.0))
     return model.eval()
 
 

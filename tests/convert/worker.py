@@ -1,0 +1,152 @@
+"""One rank: every layout loads an imported model, answers, saves and exports while it runs."""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
+from ghostvis_mega.convert import online
+from ghostvis_mega.convert.assets import Assets
+from ghostvis_mega.convert.exporter import ExportOptions
+from ghostvis_mega.convert.online import export_online
+from ghostvis_mega.engine.decode import GreedyDecoder, Prompt
+from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
+from ghostvis_mega.parallel.groups import build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify import problem
+from ghostvis_mega.utils.errors import CheckpointError
+from tests.convert.sharded import IMAGE, MODELS, NEW_TOKENS, PROMPTS, pictures
+from tests.launch import write_result
+
+WORLD = 4
+OPTIONS = ExportOptions(assets=Assets(tokens={"image": IMAGE, "eos": 2, "pad": 0}))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of one model."""
+
+    name: str
+    model: str
+    stage: int = 1
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("dp4", "untied"),
+    Case("tp2-dp2", "untied", sections={"parallel": {"tensor": 2, "sequence_parallel": False}}),
+    Case("tp2-pp2", "untied", sections={"parallel": {"tensor": 2, "pipeline": 2}}),
+    Case(
+        "pp2-interleaved",
+        "untied",
+        stage=2,
+        sections={"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    ),
+    Case(
+        "tp2-pp2-interleaved",
+        "untied",
+        sections={"parallel": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}},
+    ),
+    Case("dp4-zero3", "untied", stage=3),
+    Case("tied-dp4", "tied"),
+    Case("tied-pp2", "tied", sections={"parallel": {"pipeline": 2}}),
+    Case("tied-tp2-pp2", "tied", sections={"parallel": {"tensor": 2, "pipeline": 2}}),
+]
+
+
+def measure(case: Case, folder: Path, own: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    sections = problem.merge(
+        {
+            "model": MODELS[case.model],
+            "data": {"seq_length": 96, "packing": False},
+            "batch": {"micro_size": 2},
+        },
+        case.sections,
+    )
+    run = problem.make_run(own, stage=case.stage, **sections)
+    groups = build_groups(Degrees.of(run, world_size=WORLD), seed=1)
+    engine = TrainEngine(run, groups, device=torch.device("cpu"))
+    load_weights(folder / f"{case.model}-native", engine)
+    decoder = GreedyDecoder(
+        engine,
+        image_token=IMAGE,
+        stop_token=2,
+        vocab_size=157,
+        load_pixels=lambda ids: pictures()[list(ids)],
+        rows=4,
+    )
+    prompts = [Prompt(tokens=tuple(tokens), image_ids=ids) for tokens, ids in PROMPTS]
+    answers = decoder.answers(prompts, max_new_tokens=NEW_TOKENS)
+    result: dict[str, Any] = {"answers": answers}
+    store = CheckpointStore(folder / case.name, keep=9)
+    result["saved"] = str(store.save(engine, step=0, extra={}))
+    export_online(engine, folder / f"{case.name}-online", OPTIONS, step=0, sequences=0)
+    rows, shown = problem.make_rows(run, kind="mixed", step=1)
+    engine.step(problem.step_input(run, groups, rows, shown), step=1)
+    result["trained"] = str(store.save(engine, step=1, extra={}))
+    export_online(
+        engine, folder / f"{case.name}-trained-online", OPTIONS, step=1, sequences=problem.ROWS
+    )
+    if case.name == "tp2-pp2":
+        result["failures"] = failures(engine, folder)
+    destroy_groups()
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    return result
+
+
+def failures(engine: TrainEngine, folder: Path) -> list[list[str]]:
+    """A failure of the first rank is everybody's, wherever it happens; nobody waits for ever."""
+    told = []
+    existing = folder / "tp2-pp2-online"
+    for bucket in (1, 1 << 29):
+        online.BUCKET_BYTES = bucket
+        told.append(refusal(lambda: export_online(engine, existing, OPTIONS, step=0, sequences=0)))
+    wrong = ExportOptions(format="tower", vocab_size=1, assets=OPTIONS.assets)
+    told.append(refusal(lambda: export_online(engine, folder / "x", wrong, step=0, sequences=0)))
+    return told
+
+
+def refusal(action) -> list[str]:
+    try:
+        action()
+        said = "accepted"
+    except CheckpointError as error:
+        said = str(error)
+    gathered: list[Any] = [None] * WORLD
+    dist.all_gather_object(gathered, said)
+    return gathered
+
+
+def main() -> None:
+    for name in ("DeepSpeed", "ghostvis_mega"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    apply_cpu_shim()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    folder = Path(sys.argv[1])
+    own = Path(os.environ["LAUNCH_FOLDER"]) / f"rank{rank}"
+    own.mkdir()
+    results = {}
+    for case in CASES:
+        results[case.name] = measure(case, folder, own)
+        if rank == 0:
+            print(json.dumps({case.name: results[case.name]["seconds"]}), flush=True)
+    if rank == 0:
+        write_result(results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
