@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
 from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.convert.online import Exporter
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.inspect import owned_parameters
 from ghostvis_mega.engine.optimizer import module_of
@@ -117,6 +118,14 @@ class Training:
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
         store = CheckpointStore(run.log.output / "checkpoints", keep=run.checkpoint.keep)
         feed = Feed(run, groups, train)
+        exporter = Exporter(run) if run.checkpoint.export_hf != "none" else None
+
+        def save(steps: int) -> None:
+            store.save(engine, step=steps, extra={"data": feed.state()})
+            if exporter is not None:
+                self.world.watchdog.alive("the Hugging Face export")
+                exporter.save(engine, step=steps)
+
         start = self.restore(store, engine, feed)
         observers = make_observers(run.log, rank=groups.rank)
         previewer = None
@@ -129,7 +138,7 @@ class Training:
             observers=observers,
             watchdog=self.world.watchdog,
             previewer=previewer,
-            save=lambda steps: store.save(engine, step=steps, extra={"data": feed.state()}),
+            save=save,
         )
         if start >= run.train.steps:
             log.info("nothing left to train: %d of %d steps are done", start, run.train.steps)

@@ -271,6 +271,9 @@ class CheckpointConfig(Section):
     """Checkpoint of another run, of any layout, whose weights a new run begins with."""
     weights_of: tuple[Module, ...] = ()
     """The parts to take from `weights`; empty: all that both models have."""
+    export_hf: Literal["none", "end", "saves"] = "none"
+    """Write `OUTPUT/hf/step-...`, a Hugging Face directory of the same weights, beside the last
+    checkpoint or beside every one; the newest `keep` stay."""
 
 
 class LogConfig(Section):

@@ -163,6 +163,8 @@ def write_assets(
                 f"{parts.llm.vocab_size}: it is another model's"
             )
         _write_tokenizer(folder, found, max_positions)
+        if form == "text":
+            _check_loaded(folder, found.tokenizer, [*PROBES, *found.texts])
     elif parts.llm is not None:
         log.warning("no tokenizer is written: name --data, --tokenizer or --assets for one")
     if parts.llm is not None and found.folder is None:
@@ -204,12 +206,11 @@ def _write_tokenizer(folder: Path, found: Found, max_positions: int | None) -> N
     _write_json(folder / "tokenizer_config.json", settings)
     template = chat_template(find_style(found.style), tokenizer)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    _check_loaded(folder, tokenizer, [*PROBES, *found.texts])
 
 
 def _check_loaded(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
-    """What transformers makes of the files: for some models it has a vocabulary's rules built in
-    and reads only a part of them."""
+    """What transformers makes of the files: for some text models it has a vocabulary's rules built
+    in and reads only a part of them."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)

@@ -105,7 +105,7 @@ def _use(form: Format) -> list[str]:
         "```python",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
         f'model = AutoModelForImageTextToText.from_pretrained("DIRECTORY"{trust})',
-        'processor = AutoProcessor.from_pretrained("DIRECTORY")',
+        f'processor = AutoProcessor.from_pretrained("DIRECTORY"{trust})',
         'question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]',
         'messages = [{"role": "user", "content": question}]',
         "prompt = processor.apply_chat_template(messages, add_generation_prompt=True)",

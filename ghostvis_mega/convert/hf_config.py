@@ -281,7 +281,7 @@ def _text_config(parts: Parts, *, dtype: str, vocab: int, tokens: Mapping[str, i
         "num_key_value_heads": llm.num_kv_heads,
         "hidden_act": "silu",
         "max_position_embeddings": llm.max_positions,
-        "initializer_range": llm.init_std,
+        "initializer_range": 0.02,
         "rms_norm_eps": llm.norm_eps,
         "use_cache": True,
         "tie_word_embeddings": llm.tied_embeddings,

@@ -4,8 +4,10 @@ The order and the bytes are those of an export of the checkpoint that the same e
 """
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from ghostvis_mega.checkpoint.held import Held, held_parameters, saves_weight, weight_span
 from ghostvis_mega.checkpoint.layout import layout_of
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.convert.assets import Assets, find_assets
 from ghostvis_mega.convert.exporter import (
     ExportOptions,
     ExportPlan,
@@ -25,13 +29,15 @@ from ghostvis_mega.convert.exporter import (
     plan_export,
     tensor_chunks,
 )
+from ghostvis_mega.convert.hf_config import choose_format
+from ghostvis_mega.convert.hf_tokenizer import PROBES, check_same_ids, to_tokenizer_json
 from ghostvis_mega.convert.mapping import Entry, Parts, entries
-from ghostvis_mega.convert.output import new_directory, write_ordered
+from ghostvis_mega.convert.output import EXPORT_FILE, new_directory, write_ordered
 from ghostvis_mega.convert.table import LAYOUTS
 from ghostvis_mega.convert.tensor_file import CODES, DTYPES, Buffer, TensorInfo, as_bytes
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.model.shards import partition_dim, unshard
-from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +215,13 @@ def iter_hf_tensors(
 
 
 def export_online(
-    engine: TrainEngine, out: Path, options: ExportOptions, *, step: int, sequences: int
+    engine: TrainEngine,
+    out: Path,
+    options: ExportOptions,
+    *,
+    step: int,
+    sequences: int,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> Path:
     """Write a Hugging Face directory of the weights as they are; collective.
 
@@ -219,16 +231,18 @@ def export_online(
         options: As for a checkpoint; the first rank's count.
         step: Optimizer steps done, for the model card.
         sequences: Sequences consumed by them.
+        bucket_bytes: Most that the first rank gathers at a time.
 
     Raises:
         CheckpointError: It cannot be written; raised on all ranks.
     """
-    gatherer = Gatherer(engine)
+    gatherer = Gatherer(engine, bucket_bytes=bucket_bytes)
     plans: list[ExportPlan] = []
 
     def plan() -> None:
         parts = Parts.of(engine.run.model)
-        plans.append(plan_export(parts, gatherer.infos, options, hf_vocab=None))
+        with _told():
+            plans.append(plan_export(parts, gatherer.infos, options, hf_vocab=None))
 
     on_first_rank(plan)
     tensors = iter_hf_tensors(engine, plans[0] if plans else None, gatherer=gatherer)
@@ -236,7 +250,8 @@ def export_online(
     if engine.groups.rank == 0:
         about = about_training(layout_of(engine), step=step, sequences=sequences, imported=None)
         try:
-            _write(plans[0], tensors, out, options, about)
+            with _told():
+                _write(plans[0], tensors, out, options, about)
         except (OSError, CheckpointError) as error:
             failures.append(error)
     # Also after a failure: the other ranks wait until their weights have been fetched.
@@ -251,6 +266,15 @@ def export_online(
     return out
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Problems of data become those of a checkpoint, which all ranks are told of."""
+    try:
+        yield
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def _write(
     plan: ExportPlan,
     tensors: Iterator[tuple[str, Iterator[Buffer]]],
@@ -263,3 +287,53 @@ def _write(
         written = write_ordered(folder, shards, tensors)
         finish_export(folder, plan, shards, written, about)
     log.info("exported %d tensors as %s into %s", len(plan.infos), plan.form, out)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """Exports of a run beside its checkpoints, in `OUTPUT/hf`; methods are collective.
+
+    Args:
+        run: With `checkpoint.export_hf` of `end` or `saves`.
+
+    Raises:
+        CheckpointError: The model fits no format, or the tokenizer of `data.train` has no equal
+            form: known before the first step, not after the last.
+    """
+
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        def check() -> None:
+            choose_format(Parts.of(self.run.model), "auto")
+            with _told():
+                tokenizer = find_assets(self.options.assets).tokenizer
+                assert tokenizer is not None
+                check_same_ids(tokenizer, to_tokenizer_json(tokenizer), PROBES)
+
+        on_first_rank(check)
+
+    @property
+    def options(self) -> ExportOptions:
+        """As `ghostvis convert export --data` has them."""
+        return ExportOptions(assets=Assets(data=self.run.data.train), force=True)
+
+    def save(self, engine: TrainEngine, *, step: int) -> Path | None:
+        """Export if it is due after `step` steps, and delete old exports."""
+        settings = self.run.checkpoint
+        if settings.export_hf == "end" and step < self.run.train.steps:
+            return None
+        folder = self.run.log.output / "hf"
+        sequences = step * self.run.batch.global_size
+        out = folder / f"step-{step:08d}"
+        export_online(engine, out, self.options, step=step, sequences=sequences)
+
+        def prune() -> None:
+            complete = sorted(p for p in folder.glob("step-*") if (p / EXPORT_FILE).is_file())
+            # After a step back the newest one may have the lower number.
+            others = sorted((p for p in complete if p != out), key=lambda p: p.stat().st_mtime)
+            for old in others[: max(0, len(complete) - settings.keep)]:
+                shutil.rmtree(old)
+
+        on_first_rank(prune)
+        return out

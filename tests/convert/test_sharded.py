@@ -137,8 +137,15 @@ def test_joining_parts_of_ranks_in_the_wrong_way_is_noticed(results, tmp_path: P
         assert named and any(part in name for name in named)
 
 
-def test_a_failure_of_one_rank_is_told_on_all(results):
-    exists, again, wrong = results["tp2-pp2"]["failures"]
-    for told in (exists, again):
-        assert len(set(told)) == 1 and "tp2-pp2-online exists already" in told[0]
-    assert len(set(wrong)) == 1 and "--vocab-size 1" in wrong[0] or "accepted" not in wrong[0]
+def test_a_failure_of_one_rank_is_told_on_all(results, folder: Path):
+    told = results["tp2-pp2"]["failures"]
+    for name, sentence in (
+        ("existing", "tp2-pp2-online exists already"),
+        ("format", "--format gguf is unknown"),
+        ("disk", "No space left on device"),
+        ("none", "accepted"),
+    ):
+        assert len(told[name]) == 4 and len(set(told[name])) == 1
+        assert sentence in told[name][0]
+    assert (folder / "new").exists()
+    assert not (folder / "another").exists() and not (folder / "another.tmp").exists()

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
-from ghostvis_mega.convert import online
 from ghostvis_mega.convert.assets import Assets
 from ghostvis_mega.convert.exporter import ExportOptions
 from ghostvis_mega.convert.online import export_online
+from ghostvis_mega.convert.tensor_file import TensorFileWriter
 from ghostvis_mega.engine.decode import GreedyDecoder, Prompt
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
@@ -104,16 +104,32 @@ def measure(case: Case, folder: Path, own: Path) -> dict[str, Any]:
     return result
 
 
-def failures(engine: TrainEngine, folder: Path) -> list[list[str]]:
-    """A failure of the first rank is everybody's, wherever it happens; nobody waits for ever."""
-    told = []
-    existing = folder / "tp2-pp2-online"
-    for bucket in (1, 1 << 29):
-        online.BUCKET_BYTES = bucket
-        told.append(refusal(lambda: export_online(engine, existing, OPTIONS, step=0, sequences=0)))
-    wrong = ExportOptions(format="tower", vocab_size=1, assets=OPTIONS.assets)
-    told.append(refusal(lambda: export_online(engine, folder / "x", wrong, step=0, sequences=0)))
+def failures(engine: TrainEngine, folder: Path) -> dict[str, list[str]]:
+    """What all ranks are told of failures of the first, and of none; nobody waits for ever."""
+
+    def export(name: str, options: ExportOptions = OPTIONS) -> list[str]:
+        # Many buckets: the others send most of them after the first rank has failed.
+        out = folder / name
+        return refusal(
+            lambda: export_online(engine, out, options, step=0, sequences=0, bucket_bytes=1 << 14)
+        )
+
+    told = {
+        "existing": export("tp2-pp2-online"),
+        "format": export("new", ExportOptions(format="gguf", assets=OPTIONS.assets)),
+        "none": export("new"),
+    }
+    whole = TensorFileWriter.write
+    TensorFileWriter.write = full_disk
+    told["disk"] = export("another")
+    TensorFileWriter.write = whole
     return told
+
+
+def full_disk(self: TensorFileWriter, name: str, chunks: Any) -> None:
+    """In the place of `TensorFileWriter.write`."""
+    next(chunks)
+    raise OSError(28, "No space left on device")
 
 
 def refusal(action) -> list[str]:

@@ -1,0 +1,180 @@
+"""INT8 and FP8 directories load in transformers and compute what the rounded numbers say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from typer.testing import CliRunner
+
+from ghostvis_mega.cli.main import app
+from ghostvis_mega.convert.compare import damage
+from ghostvis_mega.convert.divergence import load_model
+from ghostvis_mega.convert.quantize import quantize_hf
+from ghostvis_mega.convert.schemes import (
+    DEFAULT_SKIP,
+    SCHEMES,
+    is_skipped,
+    patterns,
+    quantize_model_int8,
+)
+from ghostvis_mega.utils.errors import CheckpointError
+from tests.convert.cases import IMAGE, build, different, save, tensors_of
+from tests.convert.test_stock_programs import PROMPTS, inputs_of
+
+NAMES = ("qwen2", "llava-siglip", "llava-siglip-tied", "perceiver-siglip")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+
+    class Made(dict):
+        def __missing__(self, name: str) -> Path:
+            self[name] = save(build(name), folder / name)
+            return self[name]
+
+    return Made()
+
+
+def load_compressed(path: Path, name: str):
+    kind = AutoModelForCausalLM if name == "qwen2" else AutoModelForImageTextToText
+    model, info = kind.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[key], f"{key}: {info[key]}"
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # compressed-tensors' and its dependencies'
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("name", ["qwen2", "llava-siglip", "llava-siglip-tied"])
+def test_transformers_computes_the_fake_quantised_numbers(
+    sources, tmp_path: Path, name: str, scheme: str
+):
+    done = quantize_hf(sources[name], tmp_path / "out", scheme=scheme)
+    assert len(done.layers) == 3 * 7
+    loaded = load_compressed(tmp_path / "out", name)
+    plain, reference = load_model(sources[name]), load_model(sources[name])
+    assert len(quantize_model_int8(reference, scheme=scheme)) == 3 * 7
+    for tokens, ids in PROMPTS[:1] if name == "qwen2" else PROMPTS:
+        inputs = inputs_of(tokens, ids, 16, "x-siglip")
+        with torch.no_grad():
+            found, wanted = loaded(**inputs).logits, reference(**inputs).logits
+            other = plain(**inputs).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        # Neither the plain model nor one whose inputs stay as they are passes for it.
+        assert (other - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rounding_the_weights_alone_is_not_enough(sources, tmp_path: Path, monkeypatch):
+    quantize_hf(sources["qwen2"], tmp_path / "out", scheme="int8")
+    loaded = load_compressed(tmp_path / "out", "qwen2")
+    reference = load_model(sources["qwen2"])
+    quantize_model_int8(reference)
+    scheme = SCHEMES["int8"]
+    monkeypatch.setattr(type(scheme), "inputs", lambda self, x: x)
+    with torch.no_grad():
+        tokens = torch.tensor([PROMPTS[0][0]])
+        assert (loaded(tokens).logits - reference(tokens).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("name", NAMES)
+def test_files_hold_the_rounded_rows_and_all_else_as_it_was(
+    sources, tmp_path: Path, name: str, scheme: str
+):
+    out = tmp_path / "out"
+    done = quantize_hf(sources[name], out, scheme=scheme, shard_bytes=50_000)
+    assert damage(out) == []
+    before, after = tensors_of(sources[name]), tensors_of(out)
+    chosen = SCHEMES[scheme]
+    rounded = {layer.name for layer in done.layers}
+    assert all(".layers." in n and "_proj" in n and "vision" not in n for n in rounded)
+    kept = {n: t for n, t in after.items() if n not in rounded and not n.endswith("_scale")}
+    assert different({n: t for n, t in before.items() if n not in rounded}, kept) == []
+    for n in rounded:
+        q, scale = after[n], after[f"{n}_scale"]
+        assert q.dtype == chosen.dtype and scale.shape == (q.shape[0], 1)
+        error = (q.float() * scale - before[n]).abs()
+        half = scale / 2 if scheme == "int8" else before[n].abs() / 16 + scale
+        assert bool((error <= half * 1.0001).all())
+        assert q.float().abs().amax(dim=1).min() == chosen.largest
+    noise = [layer.signal_to_noise_db for layer in done.layers]
+    assert min(noise) > (35 if scheme == "int8" else 28)
+    assert done.bytes_after < done.bytes_before
+
+
+def test_the_streamed_rows_are_those_of_the_whole_matrix(sources, tmp_path: Path, monkeypatch):
+    from ghostvis_mega.convert import quantize
+
+    quantize_hf(sources["qwen2"], tmp_path / "whole", scheme="int8")
+    monkeypatch.setattr(quantize, "CHUNK_BYTES", 4000)
+    quantize_hf(sources["qwen2"], tmp_path / "rows", scheme="int8")
+    assert different(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "rows")) == []
+
+
+def test_skipped_modules_stay_and_are_written_down(sources, tmp_path: Path):
+    source = sources["llava-siglip"]
+    skip = (*DEFAULT_SKIP, "*layers.0.*", "*down_proj")
+    done = quantize_hf(source, tmp_path / "out", scheme="int8", skip_modules=skip)
+    names = {layer.name for layer in done.layers}
+    assert len(names) == 2 * 6
+    assert not any("layers.0." in name or "down_proj" in name for name in names)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert list(patterns(skip)) == config["ignore"]
+    for pattern, module, inside in (
+        ("*down_proj", "model.language_model.layers.1.mlp.down_proj", True),
+        ("*down_proj", "model.language_model.layers.1.mlp.up_proj", False),
+        ("re:.*lm_head", "lm_head", True),
+        ("lm_head", "language_model.lm_head", False),
+    ):
+        assert is_skipped(module, patterns([pattern])) is inside
+    everything = quantize_hf(source, tmp_path / "all", scheme="int8", skip_modules=())
+    names = {layer.name for layer in everything.layers}
+    assert any("lm_head" in n for n in names) and any("vision_tower" in n for n in names)
+    assert not any("embed" in n for n in names)
+
+
+def test_a_zero_row_stays_zero():
+    for scheme in SCHEMES.values():
+        quantised, scale = scheme.weight(torch.zeros(2, 3))
+        assert bool((quantised.float() * scale == 0).all()) and bool((scale > 0).all())
+        assert bool((scheme.inputs(torch.zeros(2, 3)) == 0).all())
+
+
+def test_what_cannot_be_quantised_is_refused(sources, tmp_path: Path):
+    source = sources["qwen2"]
+    quantize_hf(source, tmp_path / "out", scheme="fp8")
+    for arguments, told in (
+        ((source, "int4", ()), "--scheme int4 is unknown: use int8 or fp8"),
+        ((tmp_path / "out", "int8", ()), "is quantised already"),
+        ((source, "int8", ("*",)), "--skip leaves no linear layer"),
+        ((source, "int8", ("re:(",)), "--skip re:.* is no pattern"),
+        ((tmp_path, "int8", ()), "holds no .*safetensors"),
+    ):
+        path, scheme, skip = arguments
+        with pytest.raises(CheckpointError, match=told):
+            quantize_hf(path, tmp_path / "new", scheme=scheme, skip_modules=skip)
+        assert not (tmp_path / "new").exists()
+
+
+def test_the_command_prints_size_noise_and_divergence(sources, tmp_path: Path):
+    source, out = sources["llava-siglip"], tmp_path / "out"
+    arguments = ["convert", "quantize", str(source), "--out", str(out), "--scheme", "int8"]
+    result = CliRunner().invoke(app, [*arguments, "--samples", "2", "--json"])
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert result.exit_code == 0 and 0 < rows["logits KL"]["value"] < 0.02
+    assert rows["size after"]["value"] < rows["size before"]["value"]
+    assert rows["layers quantised"]["value"] == 21
+    strict = ["--force", "--samples", "2", "--bar", "1e-12"]
+    assert CliRunner().invoke(app, [*arguments, *strict]).exit_code == 1
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_image_tokens_are_never_among_random_prompts(sources):
+    from ghostvis_mega.convert.divergence import _random
+
+    tokens = torch.cat([s["input_ids"] for s in _random(sources["llava-siglip"], 20)])
+    assert not bool((tokens == IMAGE).any()) and bool((tokens == IMAGE + 1).any())

@@ -1,0 +1,102 @@
+"""A run exports beside its last checkpoint; stock transformers answers from it as we do."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ghostvis_mega.cli.main import app
+from ghostvis_mega.parallel.groups import Groups
+from tests.convert.demo_answers import both
+from tests.launch import ROOT
+from tests.model.conftest import groups  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def run(easy_vqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of the demo's model on two data-parallel ranks would be the same: one rank."""
+    output = tmp_path_factory.mktemp("run")
+    settings = {
+        "data.train": easy_vqa / "train.gvd",
+        "data.heldout": easy_vqa / "test.gvd",
+        "data.num_workers": 0,
+        "batch.global_size": 2,
+        "train.steps": 3,
+        "checkpoint.save_every": 1,
+        "checkpoint.export_hf": "saves",
+        "log.output": output,
+        "log.preview_steps": "[]",
+        "log.evaluate": "false",
+        "optim.warmup_steps": 0,
+    }
+    subprocess.run(
+        [
+            sys.executable,
+            "examples/pretrain_vlm.py",
+            "--config",
+            "examples/configs/vlm_tiny_easyvqa.yaml",
+            *(f"{name}={value}" for name, value in settings.items()),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        timeout=100,
+        check=True,
+    )
+    return output
+
+
+def test_a_run_keeps_as_many_exports_as_checkpoints(run: Path):
+    kept = [path.name for path in sorted((run / "checkpoints").glob("step-*"))]
+    assert kept == ["step-00000002", "step-00000003"]
+    assert [path.name for path in sorted((run / "hf").iterdir())] == kept
+
+
+def test_the_command_writes_the_same_files(run: Path, easy_vqa: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    checkpoint, online = run / "checkpoints/step-00000003", run / "hf/step-00000003"
+    arguments = [
+        "export",
+        str(checkpoint),
+        "--out",
+        str(out),
+        "--data",
+        str(easy_vqa / "train.gvd"),
+    ]
+    result = CliRunner().invoke(app, ["convert", *arguments])
+    assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in out.iterdir())
+    assert filecmp.cmpfiles(out, online, files, shallow=False) == (files, [], [])
+    for arguments, code in (
+        (["verify", str(out)], 0),
+        (["verify", str(checkpoint), str(out)], 0),
+        (["verify", str(checkpoint), str(run / "hf/step-00000002")], 1),
+        (["verify", str(checkpoint), str(run / "hf/step-00000002"), "--part", "connector"], 1),
+        (["verify", str(tmp_path)], 2),
+        (["diff", str(out), str(run / "hf/step-00000002"), "--json"], 0),
+        (["export", str(checkpoint), "--out", str(out)], 2),
+    ):
+        result = CliRunner().invoke(app, ["convert", *arguments])
+        assert result.exit_code == code, result.output
+    rows = json.loads(
+        CliRunner().invoke(app, ["convert", "diff", str(out), str(checkpoint), "--json"]).stdout
+    )
+    assert rows == [
+        {"name": "different tensors", "value": 0, "unit": "of 67", "bar": None, "ok": None}
+    ]
+
+
+def test_transformers_answers_as_we_do(run: Path, easy_vqa: Path, groups: Groups):  # noqa: F811
+    checkpoint, export = run / "checkpoints/step-00000003", run / "hf/step-00000003"
+    ours, theirs, _ = both(checkpoint, export, easy_vqa / "test.gvd", groups, count=8)
+    assert ours == theirs
+    assert any(ours)
+    # A model of another step says something else: the comparison can fail.
+    others, _, _ = both(
+        run / "checkpoints/step-00000002", export, easy_vqa / "test.gvd", groups, count=8
+    )
+    assert others != ours
