@@ -41,6 +41,8 @@ EXTRAS = {
         "tensorboard",
         "pyarrow",
         "tiktoken",
+        # Loads what `convert quantize` writes.
+        "compressed-tensors",
     ],
 }
 

@@ -39,7 +39,8 @@ def load_model(folder: Path) -> nn.Module:
         "llava": LlavaForConditionalGeneration,
     }
     loader: Any = classes.get(str(kind), AutoModelForCausalLM)
-    return loader.from_pretrained(folder, dtype=torch.float32).eval()
+    model: nn.Module = loader.from_pretrained(folder, dtype=torch.float32)
+    return model.train(False)
 
 
 @torch.no_grad()

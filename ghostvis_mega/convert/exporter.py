@@ -29,7 +29,7 @@ from ghostvis_mega.convert.output import (
     write_index,
     write_parallel,
 )
-from ghostvis_mega.convert.remote import CODE_FILES
+from ghostvis_mega.convert.remote import code_files
 from ghostvis_mega.convert.table import LAYOUTS, VERSION
 from ghostvis_mega.convert.tensor_file import DTYPES, Buffer, TensorInfo, cast
 from ghostvis_mega.utils.errors import CheckpointError
@@ -278,8 +278,8 @@ def finish_export(
         folder, plan.found, plan.parts, plan.form, max_positions=llm.max_positions if llm else None
     )
     if plan.form == "ghostvis":
-        for path in CODE_FILES:
-            (folder / path.name).write_bytes(path.read_bytes())
+        for name, text in code_files().items():
+            (folder / name).write_text(text, encoding="utf-8")
     quantised = (config_changes or {}).get("quantization_config")
     (folder / "README.md").write_text(
         card(plan.parts, plan.form, about, dtype=plan.dtype, quantised=quantised), encoding="utf-8"

@@ -44,7 +44,7 @@ def run(easy_vqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        timeout=100,
+        timeout=250,
         check=True,
     )
     return output

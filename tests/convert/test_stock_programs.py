@@ -333,3 +333,13 @@ def test_the_tokenizer_loads_and_stops_where_training_does(
     assert settings["eos_token_id"][0] == found.tokens["eos"]
     card = (out / "README.md").read_text()
     assert "Weights imported from source." in card and "vllm serve" in card
+
+
+def test_the_code_in_an_export_needs_transformers_alone(exports):
+    _, out = exports["perceiver-siglip"]
+    for path in out.glob("*.py"):
+        assert "ghostvis_mega" not in path.read_text()
+    config = json.loads((out / "config.json").read_text())
+    assert list(config["auto_map"]) == ["AutoConfig", "AutoModel", "AutoModelForImageTextToText"]
+    base = AutoModel.from_pretrained(out, trust_remote_code=True)
+    assert type(base).__name__ == "GhostVisModel" and hasattr(base, "language_model")

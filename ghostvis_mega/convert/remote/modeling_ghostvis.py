@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_ghostvis import GhostVisConfig
+from ghostvis_mega.convert.remote.configuration_ghostvis import GhostVisConfig
 
 
 class GhostVisAveragePool(nn.Module):

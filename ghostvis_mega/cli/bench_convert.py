@@ -1,0 +1,50 @@
+"""`ghostvis bench convert`: models of the true shapes from Hugging Face to ours and back."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.logging import setup_logging
+
+BENCH_CONVERT_HELP = """Convert random weights of true shapes there and back: bits, memory, time.
+
+\b
+Examples (the second needs 31 GB of disk and takes some minutes):
+  python -m ghostvis_mega bench convert --model qwen25_1_5b
+  python -m ghostvis_mega bench convert --model qwen25_7b --folder /scratch
+
+\b
+Time counts against a plain copy of the same files in the same run, each with its wait for the disk;
+memory is that of a process that converts. Exit code: 0 every bar is met, 1 one is missed.
+"""
+
+
+def bench_convert(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="qwen25_1_5b, qwen25_7b, llava_siglip, llava_clip; repeatable; all."),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where there is room.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Measure conversion."""
+    setup_logging(rank=0)
+    from ghostvis_mega.convert.bench import MODELS, bench_model
+
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in model or MODELS:
+            with tempfile.TemporaryDirectory(prefix="ghostvis-bench-", dir=folder) as place:
+                rows += bench_model(
+                    name, Path(place), progress=lambda text: typer.echo(text, err=True)
+                )
+    except GhostVisError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
+    print_rows(rows, title="conversion", as_json=as_json)
+    if any(row["ok"] is False for row in rows):
+        raise typer.Exit(1)

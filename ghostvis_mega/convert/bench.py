@@ -1,0 +1,228 @@
+"""Conversion of whole models there and back: bits, memory, and time against a plain copy."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghostvis_mega.config.presets import MODEL_PRESETS, TOWER_PRESETS
+from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.convert.hf_config import choose_format, config_of_parts
+from ghostvis_mega.convert.hf_folder import CONFIG, HFFolder
+from ghostvis_mega.convert.mapping import Parts, entries
+from ghostvis_mega.convert.output import SHARD_BYTES, check_space, hf_shards, write_index
+from ghostvis_mega.convert.table import LAYOUTS
+from ghostvis_mega.convert.tensor_file import Buffer, TensorFileWriter, TensorInfo
+from ghostvis_mega.utils.errors import CheckpointError
+
+IMAGE_TOKEN = 151_655
+SHARE_OF_COPY = 0.8
+LARGEST_MEMORY_GB = 2.0
+_BLOCK = 32 << 20
+_ROUNDS = 2
+"""Each of copy, import and export is timed so often; the best counts."""
+
+
+def _llava(tower: str) -> dict[str, Any]:
+    return {
+        "llm": MODEL_PRESETS["qwen25_1_5b"]["llm"],
+        "vision": TOWER_PRESETS[tower],
+        "connector": {"kind": "mlp"},
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen25_1_5b": MODEL_PRESETS["qwen25_1_5b"],
+    "qwen25_7b": MODEL_PRESETS["qwen25_7b"],
+    "llava_siglip": _llava("siglip_so400m_14"),
+    "llava_clip": _llava("clip_l_14_336"),
+}
+"""True shapes; the two LLaVA models are on the 1.5B language model."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run of something in a process of its own."""
+
+    seconds: float
+    memory_gb: float
+    """Greatest resident memory, the interpreter and torch included."""
+
+
+def bench_model(
+    name: str, folder: Path, *, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows about one model; `folder` needs room for two copies of it, and is left empty.
+
+    Raises:
+        CheckpointError: No such model, or no room.
+    """
+    if name not in MODELS:
+        raise CheckpointError(f"--model {name} is unknown: use one of {', '.join(MODELS)}")
+    parts = Parts.of(ModelConfig.model_validate(MODELS[name]))
+    source, other = folder / "source", folder / "other"
+    progress(f"{name}: random weights")
+    digests, size = make_random(source, parts)
+    copy, there, back = [], [], []
+    for _ in range(_ROUNDS):
+        progress(f"{name}: plain copy")
+        copy.append(_timed("copy", source, other))
+        shutil.rmtree(other)
+    for _ in range(_ROUNDS):
+        progress(f"{name}: import")
+        shutil.rmtree(other, ignore_errors=True)
+        there.append(_timed("import", source, other))
+    for _ in range(_ROUNDS):
+        progress(f"{name}: export")
+        shutil.rmtree(source, ignore_errors=True)
+        back.append(_timed("export", other, source))
+    progress(f"{name}: comparison")
+    found = dict(_digests(source))
+    shutil.rmtree(source)
+    shutil.rmtree(other)
+    different = [n for n in digests.keys() | found.keys() if digests.get(n) != found.get(n)]
+    gigabytes = size / 1e9
+    speed = gigabytes / min(run.seconds for run in copy)
+    rows = [
+        _row(f"{name}: size", gigabytes, "GB"),
+        _row(f"{name}: tensors", len(digests), "tensors"),
+        _row(f"{name}: different after the way there and back", len(different), "tensors", most=0),
+        _row(f"{name}: plain copy", speed, "GB/s"),
+    ]
+    for what, runs in (("import", there), ("export", back)):
+        own = gigabytes / min(run.seconds for run in runs)
+        memory = max(run.memory_gb for run in runs)
+        rows.append(_row(f"{name}: {what}", own, "GB/s"))
+        rows.append(_row(f"{name}: {what} / copy", own / speed, "share", least=SHARE_OF_COPY))
+        rows.append(_row(f"{name}: {what}, memory", memory, "GB", most=LARGEST_MEMORY_GB))
+    return rows
+
+
+def _row(
+    name: str, value: float, unit: str, *, least: float | None = None, most: float | None = None
+) -> dict[str, Any]:
+    ok = None
+    if least is not None:
+        ok = value >= least
+    elif most is not None:
+        ok = value <= most
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "bar": least if least is not None else most,
+        "ok": ok,
+    }
+
+
+def make_random(folder: Path, parts: Parts) -> tuple[dict[str, str], int]:
+    """Write a BF16 model of random bits; returns each tensor's SHA-256 and the size in bytes."""
+    folder.mkdir(parents=True)
+    form = choose_format(parts, "auto")
+    infos = {
+        tensor.name: TensorInfo("BF16", tensor.shape)
+        for entry in entries(parts, LAYOUTS[form])
+        for tensor in entry.hf
+    }
+    shards = hf_shards(infos, largest=SHARD_BYTES)
+    check_space(folder, [*shards, *shards])
+    generator = np.random.Generator(np.random.PCG64(0))
+    block = generator.integers(0, 1 << 16, _BLOCK // 2, dtype=np.uint16)
+    digests: dict[str, str] = {}
+    for file, content in shards:
+        with TensorFileWriter(folder / file, content) as writer:
+            for name, info in content:
+                digest = hashlib.sha256()
+                salt = generator.integers(0, 1 << 16, dtype=np.uint16)
+                writer.write(name, _salted(block, salt, info.num_bytes, digest))
+                digests[name] = digest.hexdigest()
+    write_index(folder, shards)
+    llm = parts.llm
+    vocab = llm.vocab_size if llm else 0
+    tokens = {"image": min(IMAGE_TOKEN, vocab - 1)}
+    config = config_of_parts(parts, form, dtype="bfloat16", vocab=vocab, tokens=tokens)
+    (folder / CONFIG).write_text(json.dumps(config))
+    return digests, sum(info.num_bytes for info in infos.values())
+
+
+def _salted(block: np.ndarray, salt: np.uint16, size: int, digest: Any) -> Iterator[Buffer]:
+    """Random bits that are others for every tensor and every block of it."""
+    for number, at in enumerate(range(0, size, _BLOCK)):
+        piece = (block[: min(_BLOCK, size - at) // 2] ^ salt) + np.uint16(number)
+        data = memoryview(piece.view(np.uint8))
+        digest.update(data)
+        yield data
+
+
+def _digests(folder: Path) -> Iterator[tuple[str, str]]:
+    with HFFolder(folder) as weights:
+        for name, info in weights.tensors.items():
+            digest = hashlib.sha256()
+            for chunk in weights.chunks(name, 0, info.num_bytes // info.item_bytes):
+                digest.update(chunk)
+            yield name, digest.hexdigest()
+
+
+def _timed(what: str, source: Path, out: Path) -> Timed:
+    """Run one step as a process; its own clock counts, so that starting Python does not."""
+    command = [sys.executable, "-m", "ghostvis_mega.convert.bench", what, str(source), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    process.stdout.close()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise CheckpointError(f"{what} of {source} ended with {process.returncode}")
+    return Timed(seconds=float(text), memory_gb=usage.ru_maxrss * 1024 / 1e9)
+
+
+def _copy(source: Path, out: Path) -> None:
+    """What `cp` does, and the wait for the disk that conversion has as well."""
+    out.mkdir()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, out / path.name)
+        with open(out / path.name, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _step(what: str, source: Path, out: Path) -> None:
+    from ghostvis_mega.convert.assets import Assets
+    from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+    from ghostvis_mega.convert.importer import ImportOptions, import_hf
+    from ghostvis_mega.convert.native import NativeWeights
+
+    if what == "copy":
+        _copy(source, out)
+    elif what == "import":
+        import_hf([source], out, ImportOptions())
+    else:
+        with NativeWeights(source) as weights:
+            vocab = weights.parts.llm.vocab_size if weights.parts.llm else 0
+        assets = Assets(tokens={"image": min(IMAGE_TOKEN, vocab - 1)})
+        export_hf(source, out, ExportOptions(assets=assets))
+
+
+def main() -> None:
+    """One timed step; prints its seconds."""
+    what, source, out = sys.argv[1:]
+    # Modules are loaded before the clock starts.
+    import ghostvis_mega.convert.exporter
+    import ghostvis_mega.convert.importer  # noqa: F401
+
+    began = time.perf_counter()
+    _step(what, Path(source), Path(out))
+    sys.stdout.write(f"{time.perf_counter() - began}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Tokenizers, chat templates and pictures are on the other side what they are in training."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from PIL import Image
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from ghostvis_mega.convert.assets import Assets, find_assets, image_processor, write_assets
+from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+from ghostvis_mega.convert.hf_tokenizer import (
+    PROBES,
+    chat_template,
+    check_same_ids,
+    to_tokenizer_json,
+)
+from ghostvis_mega.convert.importer import ImportOptions, import_hf
+from ghostvis_mega.data.images import load_image
+from ghostvis_mega.data.styles import STYLES
+from ghostvis_mega.data.template import ChatTemplate, ImagePart, Turn, load_tokenizer
+from ghostvis_mega.data.tokenizer import train_tokenizer
+from ghostvis_mega.model.vision import _PIXEL_STATISTICS
+from ghostvis_mega.utils.errors import CheckpointError
+from tests.convert.cases import IMAGE, build, different, save, tensors_of
+from tests.convert.test_stock_programs import parts_of
+from tests.data.vocabularies import mistral_model, qwen_ranks, smollm2_json
+
+TEXTS = (
+    *PROBES,
+    "It's 1999; they'd've said \"no\" -- twice!\r\n\r\n  indented\n",
+    "a" * 40 + " aaaa b aaa",
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002 \u041f\u0440\u0438\u0432\u0435\u0442",
+    "\U0001f468\u200d\U0001f469",
+    "x = [i**2 for i in range(10)]\t# \x01 control",
+)
+
+
+def own_model(folder: Path) -> Path:
+    words = ("What is in the picture? a red circle", "system user assistant tool 0 1 2")
+    path = folder / "own.model"
+    train_tokenizer(words, vocab_size=300, path=path)
+    return path
+
+
+@pytest.mark.parametrize("make", [own_model, mistral_model, qwen_ranks, smollm2_json])
+def test_a_vocabulary_has_the_same_ids_as_tokenizer_json(
+    tmp_path: Path, make: Callable[[Path], Path]
+):
+    tokenizer = load_tokenizer(make(tmp_path))
+    texts = [text for text in TEXTS if "\x01" not in text or make is not smollm2_json]
+    converted = to_tokenizer_json(tokenizer)
+    check_same_ids(tokenizer, converted, texts)
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert converted.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+    for name, token in tokenizer.specials.items():
+        assert converted.token_to_id(tokenizer.piece(token)) == token, name
+        assert converted.encode(tokenizer.piece(token), add_special_tokens=False).ids == [token]
+
+
+def test_another_vocabulary_is_noticed(tmp_path: Path):
+    tokenizer = load_tokenizer(own_model(tmp_path))
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "other.model"
+    train_tokenizer(("completely different words here",), vocab_size=290, path=other)
+    converted = to_tokenizer_json(load_tokenizer(other))
+    with pytest.raises(CheckpointError, match="cannot be written as tokenizer.json: 'What is"):
+        check_same_ids(tokenizer, converted, TEXTS)
+
+
+CHAT = [
+    Turn("system", ("Be brief.",)),
+    Turn("user", (ImagePart(), "What is it?", ImagePart())),
+    Turn("assistant", ("A cat.",)),
+    Turn("user", ("Sure?",)),
+    Turn("assistant", ("Yes.",)),
+]
+
+
+def rendered(template: str, turns: list[Turn], *, prompt: bool) -> str:
+    messages = [
+        {
+            "role": turn.role,
+            "content": turn.text
+            if not turn.num_images
+            else [
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in turns
+    ]
+    # As transformers renders it.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_chat_template_writes_what_training_saw(tmp_path: Path, style: str, first: int):
+    tokenizer = load_tokenizer(own_model(tmp_path), template=style)
+    template = chat_template(STYLES[style], tokenizer)
+    converted = to_tokenizer_json(tokenizer)
+    turns = CHAT[first:]
+    text = rendered(template, turns, prompt=False)
+    wanted = ChatTemplate(tokenizer, style).encode(turns, num_images=2).tokens.tolist()
+    assert converted.encode(text, add_special_tokens=False).ids == wanted
+    question = turns[-2].text
+    text = rendered(template, [Turn("user", (question,))], prompt=True)
+    wanted = ChatTemplate(tokenizer, style).prompt(question, num_images=0)
+    assert converted.encode(text, add_special_tokens=False).ids == wanted
+
+
+@pytest.mark.parametrize("name", ["llava-siglip", "llava-clip"])
+def test_pictures_are_prepared_as_in_training(tmp_path: Path, name: str):
+    from transformers import AutoImageProcessor
+
+    parts = parts_of(build(name))
+    write_assets(tmp_path, find_assets(Assets(tokens={})), parts, "llava", max_positions=None)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    generator = np.random.Generator(np.random.PCG64(3))
+    path = tmp_path / "picture.png"
+    # Neither square nor of the model's size: aspect is given up alike.
+    Image.fromarray(generator.integers(0, 256, (37, 50, 3), dtype=np.uint8)).save(path)
+    found = processor(images=[Image.open(path)], return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(x)[:, None, None] for x in _PIXEL_STATISTICS[name.split("-")[1]])
+    pixels = load_image(path.read_bytes(), image_size=16, augment_seed=None)
+    wanted = (pixels.float() / 255 - mean) / std
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    settings = image_processor(parts)
+    assert settings["crop_size"] == {"height": 16, "width": 16}
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+@pytest.mark.parametrize("size", [24, 8])
+def test_the_position_table_is_resized_once_as_transformers_would(
+    tmp_path: Path, name: str, size: int
+):
+    model = build(name)
+    source = save(model, tmp_path / "source")
+    native = import_hf([source], tmp_path / "native", ImportOptions(image_size=size))
+    out = export_hf(native, tmp_path / "out", ExportOptions())
+    kind = SiglipVisionModel if name == "siglip" else CLIPVisionModel
+    resized = kind.from_pretrained(out).eval()
+    assert resized.config.image_size == size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(pixels, interpolate_pos_encoding=True).last_hidden_state
+        found = resized(pixels).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    table = [key for key in tensors_of(out) if "position_embedding" in key]
+    assert different(tensors_of(source), tensors_of(out)) == table
+    with pytest.raises(CheckpointError, match="--image-size 18 is no multiple of .* 4"):
+        import_hf([source], tmp_path / "new", ImportOptions(image_size=18))
+
+
+def test_tokenizer_files_of_a_directory_are_copied(tmp_path: Path):
+    source = save(build("llava-siglip"), tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "secret.txt"):
+        (source / name).write_text(f'{{"name": "{name}"}}')
+    native = import_hf([source], tmp_path / "native", ImportOptions())
+    out = export_hf(native, tmp_path / "out", ExportOptions(assets=Assets(folder=source)))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert not (out / "secret.txt").exists()
+    assert find_assets(Assets(folder=out)).tokens["image"] == IMAGE
+    shutil.rmtree(source)
+    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+        export_hf(native, tmp_path / "new", ExportOptions(assets=Assets(folder=source)))
