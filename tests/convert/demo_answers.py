@@ -2,6 +2,7 @@
 its export."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,39 +14,66 @@ from ghostvis_mega.data.images import load_image
 from ghostvis_mega.parallel.groups import Groups
 from tests.convert.native_model import NativeModel
 
-MAX_NEW_TOKENS = 8
+
+@dataclass(frozen=True)
+class Answer:
+    """What both say to one question."""
+
+    ours: list[int]
+    theirs: list[int]
+    reference: str
+    error: float
+    """Greatest difference of the scores of the first token."""
 
 
 def both(
-    checkpoint: Path, export: Path, data: Path, groups: Groups, *, count: int
-) -> tuple[list[str], list[str], list[str]]:
-    """(ours, transformers', right answers) of `count` questions about as many pictures."""
+    checkpoint: Path,
+    export: Path,
+    data: Path,
+    groups: Groups,
+    *,
+    count: int,
+    length: int | None = None,
+) -> list[Answer]:
+    """Answers to `count` questions about as many pictures.
+
+    Args:
+        checkpoint: Of a run.
+        export: Of the same weights.
+        data: Prepared dataset.
+        groups: Of one process.
+        count: Number of questions.
+        length: Tokens of each answer, whatever ends it; None: up to the end token.
+    """
     ours = NativeModel(checkpoint, groups)
     vision = ours.config.vision
     assert vision is not None
     theirs = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(export, trust_remote_code=True)
     dataset = Dataset.open(data)
-    tokenizer = dataset.tokenizer
-    image, stop = tokenizer.specials["image"], tokenizer.specials["im_end"]
+    specials = dataset.tokenizer.specials
+    image, stop = specials["image"], specials["im_end"] if length is None else -1
+    settings = {"max_new_tokens": length or 8} | ({} if length is None else {"eos_token_id": None})
+    found = []
     step = max(1, dataset.num_samples // count)
-    found: tuple[list[str], list[str], list[str]] = ([], [], [])
     for index in range(0, step * count, step):
         tokens, image_ids, reference, question = dataset.prompt(index)
         raw = [dataset.image_bytes(i) for i in image_ids]
-        pixels = [load_image(b, image_size=vision.image_size, augment_seed=None) for b in raw]
-        answer = ours.greedy(
-            list(tokens), torch.stack(pixels), image=image, count=MAX_NEW_TOKENS, stop=stop
+        pixels = torch.stack(
+            [load_image(b, image_size=vision.image_size, augment_seed=None) for b in raw]
         )
-        found[0].append(tokenizer.decode(answer))
+        prompt = list(tokens)
+        answer = ours.greedy(prompt, pixels, image=image, count=length or 8, stop=stop)
         content = [*({"type": "image"} for _ in raw), {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template(
+        text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         pictures = [Image.open(io.BytesIO(b)) for b in raw]
-        inputs = processor(text=prompt, images=pictures, return_tensors="pt")
-        out = theirs.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
-        ids = out[0, inputs["input_ids"].shape[1] :].tolist()
-        found[1].append(processor.tokenizer.decode(ids, skip_special_tokens=True))
-        found[2].append(reference)
+        inputs = processor(text=text, images=pictures, return_tensors="pt")
+        ids = theirs.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
+        with torch.no_grad():
+            scores = theirs(**inputs).logits[0, -1]
+        error = (ours.logits(prompt, pixels, image=image)[-1] - scores).abs().max()
+        ends = [place for place, token in enumerate(ids) if token == stop]
+        found.append(Answer(answer, ids[: ends[0]] if ends else ids, reference, float(error)))
     return found

@@ -19,6 +19,7 @@ def one_round(monkeypatch):
     monkeypatch.setitem(bench.MODELS, "small", MODELS["untied"])
 
 
+@pytest.mark.slow
 def test_rows_and_exit_code(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench, "SHARE_OF_COPY", 0.0)
     arguments = ["bench", "convert", "--folder", str(tmp_path), "--json", "--model"]

@@ -23,8 +23,9 @@ def there_and_back(source: Path, folder: Path, **options) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_every_model_comes_back_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype):
+def test_every_model_comes_back_bit_for_bit(tmp_path: Path, name: str):
+    # The tied ones in fp32, the others as the released weights are.
+    dtype = torch.float32 if name.endswith("tied") else torch.bfloat16
     source = save(build(name), tmp_path / "source", dtype=dtype)
     back = there_and_back(source, tmp_path)
     assert different(tensors_of(source), tensors_of(back)) == []

@@ -58,7 +58,6 @@ CASES = [
     ),
     Case("dp4-zero3", "untied", stage=3),
     Case("tied-dp4", "tied"),
-    Case("tied-pp2", "tied", sections={"parallel": {"pipeline": 2}}),
     Case("tied-tp2-pp2", "tied", sections={"parallel": {"tensor": 2, "pipeline": 2}}),
 ]
 
