@@ -17,7 +17,9 @@ def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None
         return
     table = Table(title=title)
     for name in ("name", "value", "unit", "bar", "ok"):
-        table.add_column(name, justify="right" if name == "value" else "left")
+        side = "right" if name == "value" else "left"
+        # The end of a long name is what tells it from its neighbours.
+        table.add_column(name, justify=side, overflow="fold")
     for row in rows:
         value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
         value = "not measured" if row["value"] is None else value

@@ -22,6 +22,7 @@ from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.native import NativeWeights
 from ghostvis_mega.convert.output import (
     SHARD_BYTES,
+    WRITERS,
     Shard,
     hf_shards,
     new_directory,
@@ -174,15 +175,15 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
         # Against the whole vocabulary: rows of padding are not written, but are there.
         whole = entries(weights.parts, LAYOUTS[plan.form])
         weights.check(whole, modules=_MODULES[plan.form])
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        damage = None
-        if options.check:
-            damage = pool.submit(weights.reader.damage, weights.reader.files("weights"))
+        # Files are compared with their digests while they are read for the export.
+        pool = stack.enter_context(ThreadPoolExecutor(WRITERS))
+        files = weights.reader.files("weights") if options.check else []
+        damage = [pool.submit(weights.reader.damage, [file]) for file in files]
         with new_directory(out, force=options.force) as folder:
             shards = plan.shards(options.shard_bytes)
             chunks = tensor_chunks(plan, weights.chunks)
             written = write_parallel(folder, shards, lambda: chunks)
-            if damage is not None and (found := damage.result()):
+            if found := [sentence for future in damage for sentence in future.result()]:
                 raise CheckpointError("; ".join(found))
             finish_export(folder, plan, shards, written, _about(weights.manifest))
     log.info("exported %d tensors as %s into %s", len(plan.infos), plan.form, out)

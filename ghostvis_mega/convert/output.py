@@ -28,7 +28,8 @@ EXPORT_FILE = "ghostvis_export.json"
 SCHEMA = "gvhf/1"
 SHARD_BYTES = 5_000_000_000
 """Of the files that transformers writes as well."""
-_WRITERS = 4
+WRITERS = 4
+"""Files that are written, or read for their digests, side by side."""
 
 Stream = Callable[[str], Iterator[Buffer]]
 """The bytes of a tensor, by its name."""
@@ -108,7 +109,7 @@ def write_parallel(
 ) -> dict[str, Any]:
     """Write files side by side, each from a stream of its own; returns their sizes and digests."""
     check_space(folder, shards)
-    workers = min(_WRITERS, len(os.sched_getaffinity(0)), len(shards))
+    workers = min(WRITERS, len(os.sched_getaffinity(0)), len(shards))
 
     def write(shard: Shard) -> tuple[str, dict[str, object]]:
         stream = streams()
