@@ -27,8 +27,9 @@ Examples (one GPU; four modes of a 2 B model take about three minutes):
     --mode "full: train.recompute=full" --mode "frozen LLM: train.freeze=[llm]"
 
 \b
-A mode is NAME: followed by settings. Under torchrun the run's layout is used on all processes.
-Exit code: 0 measured, 2 wrong settings or no GPU.
+A mode is NAME: followed by settings; one with ZeRO stage 3 comes last, since DeepSpeed keeps some
+of its memory. Under torchrun the run's layout is used on all processes.
+Exit code: 0 measured, 1 a mode found the memory of another, 2 wrong settings or no GPU.
 """
 
 
@@ -74,6 +75,8 @@ def bench_memory(
         )
     if rank == 0:
         print_rows(rows, title=f"memory of {config}", as_json=as_json)
+    if any(row["ok"] is False for row in rows):
+        raise typer.Exit(1)
 
 
 def split_mode(text: str) -> tuple[str, list[str]]:

@@ -117,7 +117,7 @@ def test_more_damage_than_the_budget_stops_the_run_with_the_list(folder: Path) -
     assert allowed.bad_samples.count == 12
     feed = feeds.open_feed(folder, *ALONE, f"log.output={folder}/second", workers=2)
     assert feed.bad_samples.limit == 10
-    with pytest.raises(DataError, match="11 damaged samples or images, more than") as caught:
+    with pytest.raises(DataError, match="1[12] damaged samples or images, more than") as caught:
         for step in range(20):
             feed.get(step)
     feed.close()
