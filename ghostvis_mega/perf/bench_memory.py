@@ -40,7 +40,7 @@ def measure_memory(
 
     Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
     it (one to two GiB) is not in them. Time is that of the fastest step after the first. On one
-    GPU a mode that does not fit is a row like others. DeepSpeed's stage 3 does not let go of all its
+    GPU a mode that does not fit is a row like others. DeepSpeed's stage 3 keeps some of its
     memory, so it comes last.
 
     Args:
