@@ -17,7 +17,7 @@ from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.native import VOCAB_KEY, layout_of_parts
-from ghostvis_mega.convert.output import SHARD_BYTES, Shard, new_directory, write_parallel
+from ghostvis_mega.convert.output import Shard, new_directory, write_parallel
 from ghostvis_mega.convert.table import VERSION
 from ghostvis_mega.convert.tensor_file import (
     CODES,
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"fp32": "F32", "bf16": "BF16"}
 """What `--dtype` may ask for."""
+NATIVE_SHARD_BYTES = 1_000_000_000
+"""Smaller than exported files: SHA-256 is what takes longest, and each file has its own."""
 _POSITIONS = "tower.embeddings.position_embedding.weight"
 
 
@@ -58,7 +60,7 @@ class ImportOptions:
     feature_layer: int | None = None
     post_norm: bool | None = None
     vocab_multiple: int = 1
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = NATIVE_SHARD_BYTES
     force: bool = False
 
 
