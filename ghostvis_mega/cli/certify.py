@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,9 +17,13 @@ from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
 
 if TYPE_CHECKING:
+    import torch
+
     from ghostvis_mega.perf.certify.report import Outcome
     from ghostvis_mega.perf.certify.request import Entry, Request
 
+FOLDER_BYTES = 4096
+"""Longest path that Linux takes."""
 CERTIFY_HELP = """Compare layouts with one plain process: gradients, loss, weights after some steps.
 
 \b
@@ -34,8 +37,9 @@ Examples (--layouts cpu: two cores and some minutes; the last three certify a ru
 
 \b
 The command starts its own processes; under torchrun it joins those it finds, on one machine.
-In fp32 every figure has a fixed bar. In BF16 the bar is twice the error of one process that
-computes in BF16 as well. Layouts that need more processes than there are are listed as not run.
+In fp32 every figure has a fixed bar. In BF16 the bars are twice the gradient's error of one
+process that computes in BF16 as well, and three times its other errors. Layouts that need more
+processes than there are are listed as not run.
 Exit code: 0 fine, 1 something is over its bar or failed, 2 wrong settings.
 """
 
@@ -77,6 +81,7 @@ def certify(
             wanted, most = _wanted(config, overrides, layouts, only, faults, steps, processes)
             wanted = replace(wanted, folder=Path(folder))
             todo = _fitting(wanted, most)
+            _make_output(output)
         except ConfigError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(EXIT_WRONG_SETTINGS) from None
@@ -134,7 +139,7 @@ def _processes(layouts: str | None, processes: int | None) -> int:
     from ghostvis_mega.utils.hardware import has_cuda_device
 
     if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+        return _joined_processes(layouts)
     if layouts == "cpu":
         return processes or 8
     gpus = 0
@@ -147,6 +152,38 @@ def _processes(layouts: str | None, processes: int | None) -> int:
     if gpus and processes is not None and processes > gpus:
         raise ConfigError([f"--processes {processes} are more than the {gpus} visible GPUs."])
     return processes or gpus or 4
+
+
+def _joined_processes(layouts: str | None) -> int:
+    """Processes that a launcher has started."""
+    from ghostvis_mega.utils.hardware import has_cuda_device
+
+    size, here = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE")
+    if here is not None and here != size:
+        raise ConfigError(
+            [f"WORLD_SIZE={size} and LOCAL_WORLD_SIZE={here}: the launcher spans several machines. "
+             "A certificate shares files among its processes: start all of them on one machine."]
+        )  # fmt: skip
+    if layouts == "cpu" and has_cuda_device():
+        raise ConfigError(
+            ["--layouts cpu under a launcher would run on the GPUs of this machine. Hide them: "
+             "CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu."]
+        )  # fmt: skip
+    return int(size)
+
+
+def _make_output(output: Path | None) -> None:
+    """Find out before the work whether its result can be kept."""
+    if output is None or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            [f"--output {output} cannot be written: {error.strerror}. Name a folder of yours."]
+        ) from None
 
 
 def _fitting(wanted: "Request", most: int) -> "Request":
@@ -214,22 +251,15 @@ def _join(request: "Request") -> "dict[Entry, Outcome]":
     """Be one rank of a launch that somebody else started."""
     from ghostvis_mega.perf.certify.report import Outcome
 
-    # Equal on all ranks of a launch, and on this machine alone.
-    name = f"ghostvis-certify-{os.environ.get('MASTER_PORT', '0')}"
-    folder = Path(tempfile.gettempdir()) / name
-    folder.mkdir(exist_ok=True)
-    rows = _run_ranks(replace(request, folder=folder))
-    if os.environ["RANK"] == "0":
-        # Every rank is done: the last layout ends with a collective.
-        shutil.rmtree(folder)
+    rows = _run_ranks(request, joined=True)
     return {
         entry: Outcome(entry.name, row=row, fault=entry.fault)
         for entry, row in zip(request.entries, rows, strict=True)
     }
 
 
-def _run_ranks(request: "Request") -> list[dict[str, Any]]:
-    """In a rank: measure everything."""
+def _run_ranks(request: "Request", *, joined: bool = False) -> list[dict[str, Any]]:
+    """In a rank: measure everything; ranks that `joined` have a folder each, and share rank 0's."""
     rank = int(os.environ["RANK"])
     setup_logging(rank=rank)
     # One line a layout is progress enough.
@@ -240,13 +270,33 @@ def _run_ranks(request: "Request") -> list[dict[str, Any]]:
 
     run = opening_run(request)
     with open_world(run, device=local_device(run)) as world:
+        if joined:
+            folder = _folder_of_first(request.folder, device=world.device)
+            request = replace(request, folder=folder)
 
         def progress(text: str) -> None:
             world.watchdog.alive(text)
             if rank == 0:
                 typer.echo(f"certify: {text}", err=True)
 
-        return measure_all(request, world.groups, device=world.device, progress=progress)
+        return measure_all(
+            request,
+            world.groups,
+            device=world.device,
+            progress=progress,
+            alive=world.watchdog.alive,
+        )
+
+
+def _folder_of_first(own: Path, *, device: "torch.device") -> Path:
+    """Rank 0's folder, which it alone made and will remove; collective."""
+    import torch
+    import torch.distributed as dist
+
+    name = os.fsencode(own).ljust(FOLDER_BYTES, b"\0")
+    sent = torch.tensor(list(name), dtype=torch.uint8, device=device)
+    dist.broadcast(sent, src=0)
+    return Path(os.fsdecode(bytes(sent.tolist()).rstrip(b"\0")))
 
 
 def _report(outcomes: "list[Outcome]", as_json: bool, output: Path | None) -> None:
@@ -259,7 +309,6 @@ def _report(outcomes: "list[Outcome]", as_json: bool, output: Path | None) -> No
     else:
         show(outcomes, title="layouts against one plain process")
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
         command = shlex.join(["python", "-m", "ghostvis_mega", *sys.argv[1:]])
         (output / "table.md").write_text(markdown(outcomes, command=command))

@@ -53,6 +53,21 @@ def relative_errors(
         `ROUNDING` of the joint norm (a key bias: attention does not depend on it), is compared in
         units of the joint norm; where all are zero the distance itself counts.
     """
+    return relative(square_distances(engine, reference, value))
+
+
+def square_distances(
+    engine: TrainEngine,
+    reference: Mapping[str, torch.Tensor],
+    value: Callable[[nn.Parameter], torch.Tensor | None],
+) -> dict[str, tuple[float, float]]:
+    """Square of the L2 distance to the reference, and of the reference's own norm, by name.
+
+    Args:
+        engine: The layout.
+        reference: Whole tensors by global name.
+        value: As for `relative_errors`.
+    """
     names = sorted(reference)
     sums = torch.zeros(len(names), 3, dtype=torch.float64, device=engine.device)
     position = {name: index for index, name in enumerate(names)}
@@ -91,10 +106,15 @@ def relative_errors(
         raise KeyError(
             f"no rank holds {missing[0]} ({len(missing)} names of the reference are unknown)"
         )
-    joint = sum(true for _, true, _ in sums.tolist()) or 1.0
+    return {name: (row[0], row[1]) for name, row in zip(names, sums.tolist(), strict=True)}
+
+
+def relative(squares: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Errors from squares of distances and of what they are relative to; see `relative_errors`."""
+    joint = sum(true for _, true in squares.values()) or 1.0
     return {
         name: (distance / (true if true > ROUNDING**2 * joint else joint)) ** 0.5
-        for name, (distance, true, _) in zip(names, sums.tolist(), strict=True)
+        for name, (distance, true) in squares.items()
     }
 
 

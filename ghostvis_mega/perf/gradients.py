@@ -23,6 +23,7 @@ from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.reference import PlainTrainer
 from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.utils.worst import worst
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,13 @@ def compare_layouts(
         groups = build_groups(degrees, seed=run.train.seed)
         loss, errors = layout_errors(run, groups, truth, device=device)
         joint = sum(errors[name] ** 2 * squares[name] for name in errors) ** 0.5 / whole**0.5
-        worst = max(errors, key=lambda name: errors[name])
+        name, error = worst(errors.items())
         fine = None if bar is None else joint <= bar
         rows += [
             _row(f"{layout}: loss", loss, "nats"),
             _row(f"{layout}: joint gradient", joint, "relative L2", bar=bar, ok=fine),
             _row(f"{layout}: median parameter", sorted(errors.values())[len(errors) // 2]),
-            _row(f"{layout}: worst parameter, {worst}", errors[worst]),
+            _row(f"{layout}: worst parameter, {name}", error),
         ]
     return rows
 

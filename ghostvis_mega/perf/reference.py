@@ -5,7 +5,7 @@ No Transformer Engine, no schedule, no exchange, no ZeRO and no packing of work 
 model's own mathematics.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -76,6 +76,7 @@ class PlainTrainer:
         pictures: Mapping[int, torch.Tensor],
         *,
         step: int = 0,
+        progress: Callable[[], None] = lambda: None,
     ) -> float:
         """Accumulate the gradient of the mean loss over all rows' trained tokens; returns that
         loss.
@@ -84,10 +85,12 @@ class PlainTrainer:
             rows: The whole global batch.
             pictures: uint8 [3, h, w] by image id.
             step: Decides what dropout drops.
+            progress: Called before each row.
         """
         trained_tokens = sum(float(row.weights_BS.sum()) for row in rows)
         total = 0.0
         for row in rows:
+            progress()
             loss = self._loss_sum(row, pictures, step=step) / trained_tokens
             if loss.requires_grad:
                 loss.backward()

@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.engine.zero import ZeroEngine
-from ghostvis_mega.perf.certify.lab import Lab, weight_errors
+from ghostvis_mega.perf.certify.compare import weight_errors
+from ghostvis_mega.perf.certify.lab import Lab
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.perf.certify.problem import STEPS
+from ghostvis_mega.utils.worst import worst
 
 NAN = float("nan")
 
@@ -108,11 +110,13 @@ def measure_skips(lab: Lab, layout: Layout) -> dict[str, Any]:
         "unchanged": unchanged,
         "finite_loss": finite_loss,
         "good_skipped": any(result.skipped for result in results),
-        "weight_error": max(weights.values()),
-        "loss_error": max(abs(r.loss - t) / t for r, t in zip(results, truth.losses, strict=True)),
-        "norm_error": max(
-            abs(r.grad_norm - t) / t for r, t in zip(results, truth.norms, strict=True)
-        ),
+        "weight_error": worst(weights.items())[1],
+        "loss_error": worst(
+            (step, abs(results[step].loss - t) / t) for step, t in enumerate(truth.losses)
+        )[1],
+        "norm_error": worst(
+            (step, abs(results[step].grad_norm - t) / t) for step, t in enumerate(truth.norms)
+        )[1],
     }
 
 

@@ -1,15 +1,18 @@
 """The command: verdicts, refusals, launches that fail, and a run of somebody's own."""
 
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -17,10 +20,14 @@ from ghostvis_mega.cli.main import app
 from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.perf.certify import drive
+from ghostvis_mega.perf.certify.compare import beside_noise
 from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
+from ghostvis_mega.perf.certify.own_settings import checked
 from ghostvis_mega.perf.certify.report import Outcome, exit_code, markdown, summary
 from ghostvis_mega.perf.certify.request import Entry, Request, own_entries
+from ghostvis_mega.perf.certify.truth import Truth
 from ghostvis_mega.utils.launch import EXIT_HANG
+from ghostvis_mega.utils.worst import worst
 from tests.launch import ROOT
 
 GOOD = {
@@ -30,9 +37,30 @@ GOOD = {
     "loss_error": 1e-8,
     "weight_error": 1e-7,
     "weight_name": "embedding.weight",
+    "update_error": 1e-5,
+    "update_name": "embedding.weight",
     "norm_error": 1e-8,
     "seconds": 1.0,
 }
+
+NOISE = {
+    "joint_error": 1.2e-2,
+    "loss_error": 1e-6,
+    "weight_error": 0.1,
+    "update_error": 2.0,
+    "norm_error": 4e-3,
+}
+ROUNDED = GOOD | {
+    "joint_error": 1.3e-2,
+    "ratio": 1.44,
+    "ratio_name": "tower.encoder.layers.1.layer_norm2.bias",
+    "loss_error": 9e-5,
+    "weight_error": 0.1,
+    "update_error": 2.0,
+    "norm_error": 1e-2,
+    "noise": NOISE,
+}
+"""Figures as GPUs gave them."""
 
 RUN = """\
 model: {{preset: vlm_tiny}}
@@ -50,13 +78,63 @@ def run_cli(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("key", ["gradient_error", "loss_error", "weight_error", "norm_error"])
-@pytest.mark.parametrize("value", [2e-5, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "key", ["gradient_error", "loss_error", "weight_error", "update_error", "norm_error"]
+)
+@pytest.mark.parametrize("value", [2e-2, math.nan, math.inf])
 def test_one_figure_over_its_bar_is_red(key: str, value: float) -> None:
     assert Outcome("a", row=GOOD).verdict == "fine"
     outcome = Outcome("a", row=GOOD | {key: value})
     assert outcome.verdict == "red"
     assert [figure["ok"] for figure in outcome.figures()].count(False) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "over"),
+    [
+        ("joint_error", 2.5e-2),
+        ("ratio", 2.1),
+        ("loss_error", 4e-4),
+        ("weight_error", 0.31),
+        ("norm_error", 4e-2),
+        ("update_error", math.inf),
+    ],
+)
+def test_every_figure_in_bf16_can_be_red(key: str, over: float) -> None:
+    assert Outcome("a", row=ROUNDED).verdict == "fine"
+    for value in (over, math.nan, math.inf):
+        outcome = Outcome("a", row=ROUNDED | {key: value})
+        assert outcome.verdict == "red"
+        assert [figure["ok"] for figure in outcome.figures()].count(False) == 1
+
+
+@pytest.mark.parametrize("key", NOISE)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_noise_that_is_no_number_grants_nothing(key: str, value: float) -> None:
+    assert Outcome("a", row=ROUNDED | {"noise": NOISE | {key: value}}).verdict == "red"
+
+
+def test_nan_is_the_worst_wherever_it_stands() -> None:
+    figures = {"a": 1.0, "b": math.nan, "c": math.inf}
+    assert max(figures.values()) != figures["b"], "what is shown here is what max() loses"
+    for order in itertools.permutations(figures.items()):
+        assert worst(order)[0] == "b"
+    assert worst([("a", 1.0), ("c", math.inf), ("d", -math.inf)]) == ("c", math.inf)
+
+
+def test_a_parameter_without_noise_of_its_own_is_held_to_a_share_of_the_joint() -> None:
+    zeros = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    changes = squares = {"a": 1.0, "b": 1.0}
+    truth = Truth([1.0], [1.0], zeros, zeros, squares, changes)
+    noise = NOISE | {"gradients": {"a": 1e-2, "b": 1e-9}}
+    row = {"gradients": {"a": 1.2e-2, "b": 1e-6}}
+    assert beside_noise(row, noise, truth)["ratio_name"] == "a"
+    assert beside_noise({"gradients": {"a": 1e-2, "b": 1e-2}}, noise, truth)["ratio"] > 2
+    # NaN second, in the row and in the noise.
+    for gradients, its in (((1.0, math.nan), (1.0, 1.0)), ((1.0, 1.0), (1.0, math.nan))):
+        row = {"gradients": dict(zip("ab", gradients, strict=True))}
+        found = beside_noise(row, noise | {"gradients": dict(zip("ab", its, strict=True))}, truth)
+        assert math.isnan(found["ratio"])
 
 
 def test_nothing_that_did_not_run_is_fine() -> None:
@@ -140,12 +218,72 @@ def test_a_launch_that_cannot_start_is_not_tried_again(
         (["run.yaml", "--layouts", "cpu"], "has a model of its own"),
         (["run.yaml", "--faults"], "--layouts cpu"),
         (["run.yaml", "--layouts", "none.yaml"], "no such file"),
+        (["run.yaml", "--layouts", "/"], "cannot be read"),
+        (["--layouts", "cpu", "--output", "/dev/null/table"], "cannot be written"),
         (["run.yaml"], "run.yaml"),
     ],
 )
 def test_wrong_settings_end_with_2(arguments: list[str], words: str) -> None:
     code, output = run_cli(*arguments)
     assert (code, words in output) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, "spans several machines"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "Hide them"),
+    ],
+)
+def test_a_launcher_that_cannot_be_joined_ends_with_2(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghostvis_mega.utils.hardware.has_cuda_device", lambda: True)
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "4"} | environment).items():
+        monkeypatch.setenv(name, value)
+    code, output = run_cli("--layouts", "cpu")
+    assert (code, words in output) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("checkpoint.weights", "Add checkpoint.weights=null"),
+        ("checkpoint.resume", "Add checkpoint.resume=none"),
+    ],
+)
+def test_weights_that_would_be_ignored_are_refused(
+    field: str, words: str, easy_vqa: Path, tmp_path: Path
+) -> None:
+    run, override = tmp_path / "run.yaml", f"{field}={tmp_path}"
+    (tmp_path / "manifest.json").write_text("{}")
+    run.write_text(RUN.format(data=easy_vqa, folder=tmp_path))
+    code, output = run_cli(str(run), override, "--processes", "1")
+    assert (code, words in output) == (2, True), output
+    # And what the sentence says to add is accepted.
+    request = Request(
+        set="own",
+        entries=(Entry("a", 1),),
+        steps=3,
+        folder=tmp_path,
+        config=run,
+        overrides=(override, words.removeprefix("Add ")),
+    )
+    assert checked(request).align == 1
+
+
+def test_a_run_of_ones_own_has_the_time_that_it_says(easy_vqa: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(RUN.format(data=easy_vqa, folder=tmp_path))
+    entries = (Entry("a", 1),)
+    own = Request(set="own", entries=entries, steps=3, folder=tmp_path, config=run)
+    assert drive.patience_s(own) == 600
+    for given, patience in ((5000, 5000), (10, drive.HANG_S)):
+        changed = replace(own, overrides=(f"train.timeout_s={given}",))
+        assert drive.patience_s(changed) == patience
+        assert drive.limit_s(changed) > (changed.steps + 1) * patience
+    shipped = Request(set="cpu", entries=entries, steps=3, folder=tmp_path)
+    assert drive.limit_s(replace(shipped, steps=300)) > 10 * drive.limit_s(shipped)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +366,7 @@ def test_a_run_of_ones_own(easy_vqa: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     assert all(row.keys() == {"name", "value", "unit", "bar", "ok"} for row in rows)
     held = [row for row in rows if row["bar"] is not None]
-    assert len(held) == 3 * 4
+    assert len(held) == 3 * 5
     assert all(row["ok"] and 0 <= row["value"] <= row["bar"] for row in held)
     assert any(row["value"] > 0 for row in held), "compared with itself"
     assert [row["ok"] for row in rows if re.search("^DP3: not run", row["name"])] == [None]

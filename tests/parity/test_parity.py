@@ -18,6 +18,7 @@ from ghostvis_mega.perf.certify.report import (
     LOSS_BAR,
     NOISE_FACTOR,
     NORM_BAR,
+    UPDATE_BAR,
     WEIGHT_BAR,
     Outcome,
 )
@@ -52,6 +53,7 @@ def test_layout_equals_plain_process(measured: dict[str, Any], layout: Layout) -
     assert row["weight_error"] <= WEIGHT_BAR, row["weight_name"]
     assert row["loss_error"] <= LOSS_BAR
     assert row["norm_error"] <= NORM_BAR
+    assert row["update_error"] <= UPDATE_BAR, row["update_name"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -108,6 +110,10 @@ def test_broken_layout_is_seen(measured: dict[str, Any], fault: Fault) -> None:
     assert Outcome(fault.name, row=row, fault=fault).verdict == "fine"
     # Shown without the fault's expressions as well: no layout that is broken so passes as fine.
     assert Outcome(fault.name, row=row).verdict == "red"
+    if fault.updates:
+        over = [figure for figure in Outcome("alone", row=row).figures() if figure["ok"] is False]
+        assert [figure["name"].split(",")[0] for figure in over] == ["alone: worst update"]
+        return
     # The steps that follow show it as well, also where no first gradient does.
     assert row["weight_error"] > 10 * WEIGHT_BAR
     assert row["norm_error"] > 10 * NORM_BAR

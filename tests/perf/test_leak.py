@@ -1,5 +1,6 @@
 """The packing leak command: zero here, and its controls can fail."""
 
+import math
 from pathlib import Path
 from unittest import mock
 
@@ -48,6 +49,14 @@ def test_attention_across_one_boundary_is_a_leak(groups: Groups) -> None:
     assert not found["loss of the other samples"]
     assert not found["gradient of the other samples"]
     assert found["the same pack twice"]
+
+
+def test_a_nan_that_comes_second_is_not_forgotten() -> None:
+    worst: dict[str, tuple[float, str]] = {}
+    zero, nan = torch.zeros(1), torch.full((1,), math.nan)
+    for name, after in (("loss a", zero), ("loss b", nan), ("loss c", zero + 1)):
+        leak._compare({name: zero}, {name: after}, worst)
+    assert math.isnan(worst["loss"][0]) and worst["loss"][1] == "loss b"
 
 
 def test_every_text_token_changes() -> None:

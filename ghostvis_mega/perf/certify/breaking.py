@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import mappings
 
+from ghostvis_mega.config.schema import OptimConfig
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine import step as engine_step
 from ghostvis_mega.engine.step import StepInput, TrainEngine
@@ -19,8 +20,9 @@ from ghostvis_mega.model.llm import LLMChunk
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
 from ghostvis_mega.parallel.groups import Place
 from ghostvis_mega.parallel.image_rows import ImageRows
+from ghostvis_mega.perf.certify.compare import Row
 from ghostvis_mega.perf.certify.faults import Fault
-from ghostvis_mega.perf.certify.lab import Lab, Row
+from ghostvis_mega.perf.certify.lab import Lab
 from ghostvis_mega.perf.certify.problem import ROWS
 from ghostvis_mega.perf.reference import PlainTrainer
 
@@ -149,6 +151,21 @@ def _norm_of_vision_alone(lab: Lab, fault: Fault) -> Row:
     return lab.measure(lab.case(fault.layout), prepare=prepare)
 
 
+def _norms_not_updated(lab: Lab, fault: Fault) -> Row:
+    def prepare(engine: TrainEngine) -> None:
+        zero = engine.parts.llm_engine
+        set_all = zero.set_learning_rates
+
+        def set_most(factor: float, optim: OptimConfig) -> None:
+            set_all(factor, optim)
+            (norms,) = (group for group in zero.optimizer.param_groups if not group["weight_decay"])
+            norms["lr"] = 0.0
+
+        zero.set_learning_rates = set_most
+
+    return lab.measure(lab.case(fault.layout), prepare=prepare)
+
+
 def _shifted_rows(ctx: ContextSlice, lengths: np.ndarray) -> np.ndarray:
     owners = row_owners(lengths, size=ctx.size)
     return np.flatnonzero(np.roll(owners, 1) == ctx.rank)
@@ -213,4 +230,5 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
         SDPACoreAttention, "gather_context", _not_summed
     ),
     "a picture's rows given to the wrong context rank": _other_rows,
+    "one parameter group not updated": _norms_not_updated,
 }

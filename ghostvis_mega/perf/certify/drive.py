@@ -11,16 +11,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ghostvis_mega.perf.certify.own_settings import load_own
 from ghostvis_mega.perf.certify.report import Outcome
 from ghostvis_mega.perf.certify.request import Entry, Request
 from ghostvis_mega.utils.launch import EXIT_HANG, launch_self
 
 log = logging.getLogger(__name__)
 
-START_S = 120.0
+HANG_S = 180.0
+"""Silence of a rank that counts as a hang, in layouts that come with the program."""
+START_S = 300.0
 """Time limit of a launch beside that of its layouts: imports and references."""
-LAYOUT_S = 30.0
-"""Share of each layout in the time limit of a launch."""
+STEP_S = 30.0
+"""Share of each step of a layout that comes with the program in the time limit of a launch."""
 
 
 class Journal:
@@ -80,6 +83,23 @@ def certify(
     return outcomes
 
 
+def patience_s(request: Request) -> float:
+    """Silence that counts as a hang; of somebody's own run what she says, if that is more."""
+    if request.config is None:
+        return HANG_S
+    return max(HANG_S, *(load_own(request, entry).train.timeout_s for entry in request.entries))
+
+
+def limit_s(request: Request) -> float:
+    """Time limit of a launch. Ranks find a hang themselves, by their silence, and sooner.
+
+    How long a model of somebody's own takes is not known here: each layout and its reference may
+    have as long for every step as a rank may be silent.
+    """
+    share = STEP_S if request.config is None else 2 * patience_s(request)
+    return START_S + share * request.steps * len(request.entries)
+
+
 def _launch(request: Request, *, device: str) -> dict[Entry, Outcome]:
     """One launch; at least one entry gets an outcome."""
     path = request.folder / "request.json"
@@ -89,7 +109,7 @@ def _launch(request: Request, *, device: str) -> dict[Entry, Outcome]:
         ["certify", "--request", str(path)],
         processes=request.ranks,
         device=device,
-        timeout_s=START_S + LAYOUT_S * len(request.entries),
+        timeout_s=limit_s(request),
     )
     rows, unfinished = Journal(request.folder).read()
     found = {

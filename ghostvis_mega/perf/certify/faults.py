@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghostvis_mega.perf.certify.layout import Layout, Sections, parallel
+from ghostvis_mega.utils.worst import worst
 
 TP: Sections = {"parallel": parallel(2)}
 PP: Sections = {"parallel": parallel(1, 2)}
@@ -17,6 +18,11 @@ TPPP: Sections = {"parallel": parallel(2, 2)}
 ROWS_OF_TWO: Sections = {"batch": {"micro_size": 2}}
 QKV = r"^decoder\.layers\.\d\.self_attention\.linear_qkv\.weight$"
 UNPACKED: Sections = {"data": {"packing": False}}
+SMALL_STEPS: Sections = {
+    "model": {"llm": {"qkv_bias": False}},
+    "optim": {"lr": dict.fromkeys(("llm", "vision", "resampler", "projector"), 2e-6)},
+}
+"""Norms start at 1, and three such steps change less of them than the bar of a weight grants."""
 DROPOUT: Sections = {"model": {"llm": {"hidden_dropout": 0.1}}}
 
 
@@ -30,10 +36,14 @@ class Fault:
     """Regular expression of the parameters whose first gradient must be far off."""
     spared: str = "$^"
     """Parameters whose first gradient must stay right."""
+    updates: bool = False
+    """Nothing shows it but the distance of the weights in units of their change."""
 
 
 FAR = 1e-2
 """What the first gradient of a hit parameter must exceed."""
+UNMOVED = 0.5
+"""What the error of an update must exceed; that of a weight which never moves is 1."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +72,18 @@ def finding(fault: Fault, row: dict[str, Any], *, bar: float) -> Finding:
     hit = {name: error for name, error in gradients.items() if re.search(fault.hit, name)}
     spared = [error for name, error in gradients.items() if re.search(fault.spared, name)]
     kept = all(error <= bar for error in spared)
+    if fault.updates:
+        value = row["update_error"]
+        seen = kept and value > UNMOVED
+        return Finding(f"update, {row['update_name']}", value, "relative L2", UNMOVED, seen)
     if not hit:
         # The first gradient is right, and what is done with it is not.
         value = row["weight_error"]
         seen = kept and value > 10 * bar and row["norm_error"] > 10 * bar
         return Finding(f"weight, {row['weight_name']}", value, "relative L2", 10 * bar, seen)
-    worst = max(hit, key=lambda name: hit[name])
+    name, value = worst(hit.items())
     far = all(error > FAR for error in hit.values())
-    return Finding(f"gradient, {worst}", hit[worst], "relative L2", FAR, kept and far)
+    return Finding(f"gradient, {name}", value, "relative L2", FAR, kept and far)
 
 
 FAULTS = [
@@ -164,5 +178,12 @@ FAULTS = [
         name="a picture's rows given to the wrong context rank",
         layout=Layout(name="CP2 x DP2", kind="one", align=4, split=CP),
         hit=r"^(tower|projector)\.(?!.*k_proj\.bias)",
+    ),
+    Fault(
+        name="one parameter group not updated",
+        layout=Layout(name="DP4, no bias, small steps", stage=2, problem=SMALL_STEPS),
+        hit=r"$^",
+        spared=r".",
+        updates=True,
     ),
 ]

@@ -1,29 +1,26 @@
 """Measuring layouts against the plain reference, inside the ranks of one launch."""
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ghostvis_mega.config.schema import ParallelConfig, RunConfig
 from ghostvis_mega.data.batch import MicroBatch
-from ghostvis_mega.engine.inspect import reduced_gradient, relative_errors, rounding_only
 from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
 from ghostvis_mega.parallel.groups import Groups, Place, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify.compare import Row, beside_noise, compare, watch_gradient
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.perf.certify.problem import STEPS, Stream, SyntheticStream, run_of, step_input
 from ghostvis_mega.perf.certify.truth import Truth, read_truth, write_truth
 from ghostvis_mega.perf.reference import PlainTrainer
 
 CPU = torch.device("cpu")
-Row = dict[str, Any]
 Alter = Callable[[list[MicroBatch]], None]
 
 NOT_OF_THE_PROBLEM = {
@@ -68,6 +65,7 @@ class Lab:
         groups: Those that exist already, if any.
         device: Of this process.
         steps: Optimizer steps of each measurement.
+        alive: Told what is done before each step, and each row of a reference.
     """
 
     def __init__(
@@ -77,7 +75,9 @@ class Lab:
         groups: Groups | None = None,
         device: torch.device = CPU,
         steps: int = STEPS,
+        alive: Callable[[str], None] = lambda _: None,
     ):
+        self.alive = alive
         self.folder, self.device, self.steps = folder, device, steps
         self.truths: dict[str, Truth] = {}
         self.noise: dict[str, Row] = {}
@@ -135,6 +135,10 @@ class Lab:
         }
         for key in missing[rank::world]:
             write_truth(paths[key], self.solve(problems[key], groups))
+        # Not in a collective: its time limit is that of a step, and a reference takes many.
+        while not all(path.exists() for path in paths.values()):
+            self.alive("waiting for references of other ranks")
+            time.sleep(0.05)
         dist.barrier()
         self.truths |= {key: read_truth(path) for key, path in paths.items()}
         for key in missing:
@@ -168,10 +172,18 @@ class Lab:
         """
         trainer = PlainTrainer(case.run, groups, device=self.device)
         change(trainer)
+        start = {name: p.detach().to(CPU, copy=True) for name, p in trainer.parameters().items()}
         losses, norms, gradients, eps = [], [], {}, None
         for step in range(self.steps):
             rows, pictures = case.stream.rows(case.run, groups, step)
-            losses.append(trainer.backward(rows, pictures, step=step))
+            losses.append(
+                trainer.backward(
+                    rows,
+                    pictures,
+                    step=step,
+                    progress=lambda: self.alive(f"the reference of {case.name}"),
+                )
+            )
             if step == 0:
                 gradients = trainer.gradients()
                 if case.measured_eps:
@@ -179,12 +191,17 @@ class Lab:
                     for group in trainer.optimizer.param_groups:
                         group["eps"] = eps
             norms.append(trainer.update(step=step))
+        weights = {name: p.detach().clone() for name, p in trainer.parameters().items()}
         return Truth(
             losses=losses,
             norms=norms,
             gradients=gradients,
-            weights={name: p.detach().clone() for name, p in trainer.parameters().items()},
+            weights=weights,
             squares={name: float(g.double().square().sum()) for name, g in gradients.items()},
+            changes={
+                name: float((weight.cpu().double() - start[name].double()).square().sum())
+                for name, weight in weights.items()
+            },
             eps=eps,
         )
 
@@ -234,6 +251,7 @@ class Lab:
         results: list[StepResult] = []
         gradients: dict[str, float] = {}
         for step in range(self.steps):
+            self.alive(f"step {step} of {case.name}")
             batch = self.batch(engine, case, step, alter)
             if step == 0:
                 with watch_gradient(engine, truth) as gradients:
@@ -268,88 +286,3 @@ def element_size(gradients: Mapping[str, torch.Tensor], *, clip_norm: float) -> 
     norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
     count = sum(g.numel() for g in gradients.values())
     return (min(norm, clip_norm) if clip_norm > 0 else norm) / count**0.5
-
-
-@contextlib.contextmanager
-def watch_gradient(engine: TrainEngine, truth: Truth) -> Iterator[dict[str, float]]:
-    """Relative errors of the reduced gradients of the step inside, filled in before the update."""
-    errors: dict[str, float] = {}
-    update = engine.update
-
-    def compare_then_update(*args: Any, **keywords: Any) -> StepResult:
-        errors.update(relative_errors(engine, truth.gradients, reduced_gradient(engine)))
-        return update(*args, **keywords)
-
-    engine.update = compare_then_update
-    try:
-        yield errors
-    finally:
-        engine.update = update
-
-
-def weight_errors(engine: TrainEngine, truth: Truth) -> dict[str, float]:
-    """Relative errors of all weights, frozen ones included.
-
-    Parameters whose gradient would be zero without rounding are left out: Adam turns that noise
-    into steps.
-    """
-    owner = {id(p): zero for zero in engine.engines for p in zero.trained}
-    errors = relative_errors(
-        engine, truth.weights, lambda p: owner[id(p)].weight(p) if id(p) in owner else p.data
-    )
-    noise = {name for name in rounding_only(truth.squares) if truth.squares[name] > 0}
-    return {name: error for name, error in errors.items() if name not in noise}
-
-
-def compare(
-    engine: TrainEngine, truth: Truth, results: list[StepResult], gradients: dict[str, float]
-) -> Row:
-    """A row of JSON: what the layout got and how far that is from the truth."""
-    weights = weight_errors(engine, truth)
-    worst = max(gradients, key=lambda name: gradients[name])
-    worst_weight = max(weights, key=lambda name: weights[name])
-    whole = sum(truth.squares.values()) or 1.0
-    distance = sum(gradients[name] ** 2 * square for name, square in truth.squares.items())
-    return {
-        "gradient_error": gradients[worst],
-        "gradient_name": worst,
-        "joint_error": (distance / whole) ** 0.5,
-        "weight_error": weights[worst_weight],
-        "weight_name": worst_weight,
-        "loss_error": max(abs(r.loss - t) / t for r, t in zip(results, truth.losses, strict=True)),
-        "norm_error": max(
-            abs(r.grad_norm - t) / max(t, 1e-12) for r, t in zip(results, truth.norms, strict=True)
-        ),
-        "losses": [r.loss for r in results],
-        "truth_norms": truth.gradient_norms(),
-        "layers_per_stage": _layers_per_stage(engine),
-        "offloaded": {
-            "llm" if zero is engine.parts.llm_engine else "vision": zero.on_host
-            for zero in engine.engines
-        },
-        "gradients": gradients,
-    }
-
-
-def _layers_per_stage(engine: TrainEngine) -> list[int]:
-    """LLM layers that the ranks of each pipeline stage really hold; collective."""
-    stages = torch.zeros(engine.groups.degrees.pipeline, dtype=torch.int64, device=engine.device)
-    stages[engine.groups.place.pipeline] = sum(len(c.decoder.layers) for c in engine.parts.chunks)
-    dist.all_reduce(stages, op=dist.ReduceOp.MAX, group=engine.groups.world)
-    return stages.tolist()
-
-
-def beside_noise(row: Row, noise: Row, truth: Truth) -> Row:
-    """What a row in BF16 gets beside it: its noise, and the parameter that is most above its own.
-
-    Parameters whose gradient is rounding alone have no noise to speak of.
-    """
-    empty = rounding_only(truth.squares)
-    ratios = {
-        name: error / noise["gradients"][name]
-        for name, error in row["gradients"].items()
-        if name not in empty and noise["gradients"][name] > 0
-    }
-    worst = max(ratios, key=lambda name: ratios[name])
-    figures = {key: noise[key] for key in ("joint_error", "loss_error", "norm_error")}
-    return {"noise": figures, "ratio": ratios[worst], "ratio_name": worst}

@@ -29,6 +29,21 @@ def load_own(request: Request, entry: Entry) -> RunConfig:
     return run
 
 
+def _not_taken_over(run: RunConfig) -> list[str]:
+    """Problems: weights that a run would begin with, and a certificate does not."""
+    rule = "is not read here: layouts and reference begin with the random weights of train.seed"
+    found = []
+    if run.checkpoint.weights is not None:
+        found.append(
+            f"checkpoint.weights={run.checkpoint.weights} {rule}. Add checkpoint.weights=null."
+        )
+    if run.checkpoint.resume not in ("auto", "none"):
+        found.append(
+            f"checkpoint.resume={run.checkpoint.resume} {rule}. Add checkpoint.resume=none."
+        )
+    return found
+
+
 def checked(request: Request) -> Request:
     """The request with the alignment that suits all its layouts.
 
@@ -40,6 +55,8 @@ def checked(request: Request) -> Request:
     for entry in request.entries:
         try:
             runs.append(load_own(request, entry))
+            for problem in _not_taken_over(runs[-1]):
+                problems.setdefault(problem, entry.name)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, entry.name)

@@ -8,30 +8,32 @@ import torch.distributed as dist
 from ghostvis_mega.config.schema import ParallelConfig, RunConfig
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.perf.certify.breaking import measure_broken
-from ghostvis_mega.perf.certify.drive import Journal
-from ghostvis_mega.perf.certify.lab import Case, Lab, Row
+from ghostvis_mega.perf.certify.compare import Row
+from ghostvis_mega.perf.certify.drive import Journal, patience_s
+from ghostvis_mega.perf.certify.lab import Case, Lab
 from ghostvis_mega.perf.certify.own import own_cases
 from ghostvis_mega.perf.certify.own_settings import load_own
 from ghostvis_mega.perf.certify.problem import run_of
 from ghostvis_mega.perf.certify.request import SETS, Entry, Request
 
-HANG_S = 180.0
-"""Silence that counts as a hang: a layout takes seconds."""
-
 
 def opening_run(request: Request) -> RunConfig:
-    """Settings to open the world with: those of any layout, but patient for `HANG_S` at least."""
+    """Settings to open the world with: those of any layout, but as patient as the most patient."""
     if request.config is not None:
         run = load_own(request, request.entries[0])
     else:
         run = run_of(SETS[request.set]()[0], request.folder)
-    timeout_s = max(HANG_S, run.train.timeout_s) if request.config is not None else HANG_S
-    train = run.train.model_copy(update={"timeout_s": timeout_s})
+    train = run.train.model_copy(update={"timeout_s": patience_s(request)})
     return run.model_copy(update={"train": train, "parallel": ParallelConfig()})
 
 
 def measure_all(
-    request: Request, groups: Groups, *, device: torch.device, progress: Callable[[str], None]
+    request: Request,
+    groups: Groups,
+    *,
+    device: torch.device,
+    progress: Callable[[str], None],
+    alive: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Measure all entries; collective.
 
@@ -40,11 +42,12 @@ def measure_all(
         groups: Of the open world.
         device: Of this process.
         progress: Told what is being done.
+        alive: Told of every step, and of every row of a reference.
 
     Returns:
         A row an entry, in their order; those of rank 0 are also in the journal.
     """
-    lab = Lab(request.folder, groups=groups, device=device, steps=request.steps)
+    lab = Lab(request.folder, groups=groups, device=device, steps=request.steps, alive=alive)
     journal = Journal(request.folder)
     progress("computing the references")
     cases = cases_of(request, lab)

@@ -1,5 +1,6 @@
 """Verdicts on measurements, and the tables they are shown in. Needs no torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +18,17 @@ LOSS_BAR = 1e-6
 """Relative, the worst of the steps."""
 NORM_BAR = 1e-5
 """Relative, of the joint gradient norm, the worst of the steps."""
+UPDATE_BAR = 1e-2
+"""Distance of each weight after the steps, relative to what the steps changed of it; rounding is the
+more of that, the smaller the steps are, and a weight that is never updated is 1 off."""
 NOISE_FACTOR = 2.0
-"""BF16: a layout's joint gradient error over that of one process that computes in BF16 too."""
+"""BF16: a layout's gradient error, joint and of each parameter, over that of one process that
+computes in BF16 too."""
+STEPS_FACTOR = 3.0
+"""BF16: the same of what follows from the gradients, which one process samples only once: the loss,
+the norm, the weights."""
+LOSS_FLOOR = 1e-4
+"""BF16: noise of the loss that is always granted; it can cancel in one process by chance."""
 
 Verdict = Literal["fine", "red", "not run"]
 
@@ -71,9 +81,10 @@ def _fp32_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
         (f"worst gradient, {row['gradient_name']}", row["gradient_error"], GRADIENT_BAR),
         ("loss", row["loss_error"], LOSS_BAR),
         (f"worst weight, {row['weight_name']}", row["weight_error"], WEIGHT_BAR),
+        (f"worst update, {row['update_name']}", row["update_error"], UPDATE_BAR),
         ("joint norm", row["norm_error"], NORM_BAR),
     )
-    units = ("relative L2", "relative", "relative L2", "relative")
+    units = ("relative L2", "relative", "relative L2", "relative L2", "relative")
     figures = [
         # Written so that a NaN is over its bar.
         _figure(f"{name}: {what}", value, unit, bar, value <= bar)
@@ -82,24 +93,51 @@ def _fp32_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     return [*figures, _figure(f"{name}: time", row["seconds"], "s", None, None)]
 
 
+def noise_bars(noise: dict[str, float]) -> dict[str, float]:
+    """BF16: what each figure of a layout may be, by what one process in BF16 got.
+
+    A norm is off by no more than the gradient is, so that the joint gradient's noise is granted to
+    it as well, also where the process's own norm was right by chance; and likewise a weight.
+    """
+    joint = noise["joint_error"]
+    return {
+        "joint_error": NOISE_FACTOR * joint,
+        "ratio": NOISE_FACTOR,
+        "loss_error": STEPS_FACTOR * max(noise["loss_error"], LOSS_FLOOR),
+        "weight_error": STEPS_FACTOR * max(noise["weight_error"], joint),
+        "norm_error": STEPS_FACTOR * max(noise["norm_error"], joint),
+    }
+
+
 def _noise_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     noise = row["noise"]
-    bar = NOISE_FACTOR * noise["joint_error"]
-    joint = row["joint_error"]
-    return [
-        _figure(f"{name}: joint gradient", joint, "relative L2", bar, joint <= bar),
-        _figure(f"{name}: one BF16 process", noise["joint_error"], "relative L2", None, None),
-        _figure(
-            f"{name}: worst gradient over its noise, {row['ratio_name']}",
-            row["ratio"],
-            "times",
-            None,
-            None,
-        ),
-        _figure(f"{name}: loss", row["loss_error"], "relative", None, None),
-        _figure(f"{name}: joint norm", row["norm_error"], "relative", None, None),
-        _figure(f"{name}: time", row["seconds"], "s", None, None),
+    # Without a finite noise nothing can be said, and that is not fine; max() would hide a NaN.
+    sound = all(math.isfinite(value) for value in noise.values())
+    bars = noise_bars(noise)
+    entries = (
+        ("joint gradient", "joint_error", "relative L2"),
+        (f"worst gradient over its noise, {row['ratio_name']}", "ratio", "times"),
+        ("loss", "loss_error", "relative"),
+        (f"worst weight, {row['weight_name']}", "weight_error", "relative L2"),
+        ("joint norm", "norm_error", "relative"),
+    )
+    figures = [
+        _figure(f"{name}: {what}", row[key], unit, bars[key], sound and row[key] <= bars[key])
+        for what, key, unit in entries
     ]
+    update = row["update_error"]
+    # Weights are rounded to BF16, more than some steps change of them: no bar, but a number.
+    what = f"{name}: worst update, {row['update_name']}"
+    figures.append(
+        _figure(what, update, "relative L2", None, None if math.isfinite(update) else False)
+    )
+    of_one = {"joint gradient": "joint_error", "weight": "weight_error", "update": "update_error"}
+    of_one |= {"loss": "loss_error", "joint norm": "norm_error"}
+    figures += [
+        _figure(f"{name}: one BF16 process, {what}", noise[key], "relative", None, None)
+        for what, key in of_one.items()
+    ]
+    return [*figures, _figure(f"{name}: time", row["seconds"], "s", None, None)]
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -126,13 +164,13 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """One line of the table: name, gradient, parameter, loss, weights, norm, seconds, verdict."""
+    """One line of the table, as `COLUMNS` names it."""
     row, fault = outcome.row, outcome.fault
     name = f"fault: {outcome.name}" if fault is not None else outcome.name
     words = {"fine": "seen", "red": "NOT SEEN"} if fault is not None else {"red": "RED"}
     verdict = words.get(outcome.verdict, outcome.verdict)
     if row is None:
-        return [name, "", "", "", "", "", "", verdict]
+        return [name, *[""] * (len(COLUMNS) - 2), verdict]
     if fault is not None:
         found = finding(fault, row, bar=GRADIENT_BAR)
         gradient, where = f"{row['gradient_error']:.1e}", f"{found.where} ({found.value:.1e})"
@@ -142,11 +180,12 @@ def cells(outcome: Outcome) -> list[str]:
         where = f"{row['ratio_name']} ({row['ratio']:.1f} x)"
     else:
         gradient, where = f"{row['gradient_error']:.1e}", row["gradient_name"]
-    numbers = [f"{row[key]:.1e}" for key in ("loss_error", "weight_error", "norm_error")]
+    keys = ("loss_error", "weight_error", "update_error", "norm_error")
+    numbers = [f"{row[key]:.1e}" for key in keys]
     return [name, gradient, where, *numbers, f"{row['seconds']:.1f}", verdict]
 
 
-COLUMNS = ("layout", "gradient", "worst parameter", "loss", "weights", "norm", "s", "")
+COLUMNS = ("layout", "gradient", "worst parameter", "loss", "weights", "update", "norm", "s", "")
 
 
 def show(outcomes: Sequence[Outcome], *, title: str) -> None:

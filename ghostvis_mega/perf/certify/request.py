@@ -103,6 +103,10 @@ def own_entries(path: Path, *, ranks: int) -> list[Entry]:
         raise ConfigError(
             [f"--layouts {path}: no such file. Use cpu, gpu, or a YAML file of layouts."]
         ) from None
+    except OSError as error:
+        raise ConfigError(
+            [f"--layouts {path} cannot be read: {error.strerror}. Name a YAML file of layouts."]
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"--layouts {path} is not valid YAML: {error}"]) from None
     listed = given.get("layouts") if isinstance(given, dict) else None

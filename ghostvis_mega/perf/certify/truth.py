@@ -24,6 +24,8 @@ class Truth:
     """After the last step, frozen ones included."""
     squares: dict[str, float]
     """Sum of squares of each gradient."""
+    changes: dict[str, float]
+    """Sum of squares of what all steps together changed of each weight."""
     eps: float | None = None
     """AdamW's `eps`, where it was chosen by the size of the gradient."""
 
@@ -44,6 +46,7 @@ def write_truth(path: Path, truth: Truth) -> None:
         "losses": truth.losses,
         "norms": truth.norms,
         "squares": truth.squares,
+        "changes": truth.changes,
         "eps": truth.eps,
     }
     path.write_text(json.dumps(numbers))
