@@ -19,8 +19,8 @@ LOSS_BAR = 1e-6
 NORM_BAR = 1e-5
 """Relative, of the joint gradient norm, the worst of the steps."""
 UPDATE_BAR = 1e-2
-"""Distance of each weight after the steps, relative to what the steps changed of it; rounding is the
-more of that, the smaller the steps are, and a weight that is never updated is 1 off."""
+"""Distance of each weight after the steps, relative to what the steps changed of it: 1 where it is
+never updated. Rounding is the more of that, the smaller the steps are."""
 NOISE_FACTOR = 2.0
 """BF16: a layout's gradient error, joint and of each parameter, over that of one process that
 computes in BF16 too."""
