@@ -12,6 +12,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ghostvis_mega.data.encode import EncoderSpec
 from ghostvis_mega.data.ingest import Progress, store_rows
 from ghostvis_mega.data.leftovers import BUILD_MARK, clear_leftovers, hold
 from ghostvis_mega.data.manifest import MANIFEST_FILE, PLANS_DIRECTORY, Manifest, read_manifest
-from ghostvis_mega.data.operations.copying import Part, Piece, write_parts
+from ghostvis_mega.data.operations.copying import Dropped, Part, Piece, write_parts
 from ghostvis_mega.data.operations.dedupe import DedupeParams, find_duplicates, find_leaks
 from ghostvis_mega.data.plan import PLAN_FILE, build_plan, save_plan
 from ghostvis_mega.data.readers.meter import Meters
@@ -77,7 +78,7 @@ def build(
     """
     out, key = recipe.out, recipe.key()
     content = recipe.content() if check else None
-    stamp_file = out.with_name(f".{out.name}.build.json")
+    stamp_file = _stamp_file(out)
     # With `check`, inputs may differ though their sizes and times do not.
     name = key if content is None else hashlib.sha256(f"{key}{content}".encode()).hexdigest()[:16]
     work = out.with_name(f"{out.name}{BUILD_MARK}{name}")
@@ -111,6 +112,31 @@ def build(
     )
 
 
+def check_build(recipe: Recipe, *, force: bool = False) -> tuple[str, ...]:
+    """All outputs of a build that are not there yet or no longer right; for a dry run.
+
+    Raises:
+        DataError: a name is taken by something that no build made, and there is no `force`.
+    """
+    from ghostvis_mega.data import build_steps  # as in `_run_steps`
+
+    out, stamp = recipe.out, _read_stamp(_stamp_file(recipe.out)) or {}
+    ours = bool(stamp) and _digest(out) == stamp["digest"]
+    fresh = ours and not force and stamp["key"] == recipe.key() and _has_plans(out, stamp["plans"])
+    if not fresh:
+        check_target(out, force=force or ours)
+    names = [] if fresh else [out.name, *(f"plan {plan.algorithm}" for plan in recipe.plans)]
+    for step in build_steps.steps_of(recipe):
+        if force or not fresh or not build_steps.is_done(step, stamp, stamp["digest"]):
+            build_steps.check_targets(step, stamp, force=force)
+            names.append(step.name)
+    return tuple(names)
+
+
+def _stamp_file(out: Path) -> Path:
+    return out.with_name(f".{out.name}.build.json")
+
+
 def _run_steps(
     recipe: Recipe, stamp: dict[str, Any], stamp_file: Path, *, force: bool
 ) -> tuple[str, ...]:
@@ -124,9 +150,10 @@ def _run_steps(
     done = []
     for step in build_steps.steps_of(recipe):
         if force or not build_steps.is_done(step, stamp, stamp["digest"]):
-            found = build_steps.run_step(step, recipe, stamp, force=force)
-            stamp["steps"] = {**stamp.get("steps", {}), str(step.marks[0]): found}
-            atomic_write_json(stamp_file, stamp)
+            build_steps.check_targets(step, stamp, force=force)
+            for entry in (build_steps.claim, partial(build_steps.run_step, recipe=recipe)):
+                stamp["steps"] = {**stamp.get("steps", {}), str(step.marks[0]): entry(step)}
+                atomic_write_json(stamp_file, stamp)
             done.append(step.name)
     return tuple(done)
 
@@ -201,18 +228,27 @@ def _prepare(
 
 
 def _dedupe(settings: DedupeRecipe, work: Path) -> None:
-    """From `work/data` to `work/deduped`, with the ledger of both."""
+    """From `work/data` to `work/deduped`, with the ledger of both.
+
+    What an evaluation set holds is dropped first, then what is left twice.
+    """
     params = DedupeParams(images=settings.images, text=settings.text)
+    dropped: tuple[Dropped, ...] = ()
     what = f"dedupe images={settings.images} text={settings.text}"
     with ExitStack() as stack:
         dataset = stack.enter_context(Dataset.open(work / _DATA))
-        if settings.against is None:
-            found = find_duplicates(dataset, params)
-        else:
+        if settings.against is not None:
             other = stack.enter_context(Dataset.open(settings.against))
             what += f" against={other.manifest.digest}"
-            found = find_leaks(dataset, other, params)
-        piece = Piece(dataset, found.keep, found.dropped, with_ledger=True)
+            dropped = find_leaks(dataset, other, params).dropped
+            # A leak by its picture alone is one; a picture with another question is no duplicate.
+            params = DedupeParams(
+                images="exact" if settings.images == "ignore" else settings.images,
+                text="exact" if settings.text == "ignore" else settings.text,
+            )
+        found = find_duplicates(dataset, params, without={one.index for one in dropped})
+        dropped = tuple(sorted(dropped + found.dropped, key=lambda one: one.index))
+        piece = Piece(dataset, found.keep, dropped, with_ledger=True)
         write_parts([Part(work / _DEDUPED, (piece,), what)], force=True)
 
 

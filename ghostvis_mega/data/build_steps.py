@@ -12,14 +12,15 @@ from typing import Any
 
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.export.energon import export_energon
-from ghostvis_mega.data.export.files import EXPORT_FILE
+from ghostvis_mega.data.export.files import EXPORT_FILE, check_target
 from ghostvis_mega.data.export.megatron import MegatronFiles, export_megatron
 from ghostvis_mega.data.export.webdataset import export_webdataset
 from ghostvis_mega.data.leftovers import clear_files, clear_leftovers
 from ghostvis_mega.data.looks.stats_page import dataset_pictures, render_stats
 from ghostvis_mega.data.recipe import ExportRecipe, Recipe, StatsRecipe
 from ghostvis_mega.data.stats import dataset_stats
-from ghostvis_mega.utils.files import atomic_write, canonical_json, sha256_file
+from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import canonical_json, sha256_file, write_output
 
 _MIB = 1 << 20
 
@@ -37,10 +38,7 @@ class Step:
         """Files and directories that the step writes."""
         if isinstance(self.settings, StatsRecipe):
             return self.marks
-        if self.settings.format == "megatron":
-            files = MegatronFiles.of(self.settings.out)
-            return files.bin, files.idx, files.json
-        return (self.settings.out,)
+        return self.settings.outputs()
 
     def key(self, digest: str) -> str:
         """Identity of the step for the dataset with this digest."""
@@ -72,15 +70,33 @@ def is_done(step: Step, stamp: Mapping[str, Any], digest: str) -> bool:
     return done is not None and done["key"] == step.key(digest) and done["marks"] == step.found()
 
 
-def run_step(
-    step: Step, recipe: Recipe, stamp: Mapping[str, Any], *, force: bool
-) -> dict[str, Any]:
-    """Make the output; returns what the stamp remembers.
+def check_targets(step: Step, stamp: Mapping[str, Any], *, force: bool) -> None:
+    """Refuse names that are taken by something that no build made, unless there is `force`.
 
     Raises:
-        DataError: the name is taken by something that no build made, and there is no `force`.
+        DataError: naming the file or directory.
     """
-    ours = str(step.marks[0]) in stamp.get("steps", {})
+    steps = stamp.get("steps", {})
+    made = {path for mark, done in steps.items() for path in done.get("outputs", [mark])}
+    for path in step.outputs:
+        if isinstance(step.settings, ExportRecipe) and step.settings.format != "megatron":
+            check_target(path, force=force or str(path) in made)
+        elif path.is_dir():
+            raise DataError(f"{path} is a directory: give the name of a file")
+        elif path.exists() and not (force or str(path) in made):
+            raise DataError(
+                f"{path} exists already and no build made it: give another name, remove it, or "
+                "--force to replace it"
+            )
+
+
+def claim(step: Step) -> dict[str, Any]:
+    """What the stamp says before the step begins: what it left when it was killed is ours."""
+    return {"key": None, "marks": None, "outputs": [str(path) for path in step.outputs]}
+
+
+def run_step(step: Step, recipe: Recipe) -> dict[str, Any]:
+    """Make the output, whose names `check_targets` has found free; what the stamp remembers."""
     for path in step.outputs:
         clear_leftovers(path, file=EXPORT_FILE)
         clear_files(path)
@@ -88,8 +104,9 @@ def run_step(
         if isinstance(step.settings, StatsRecipe):
             _stats(dataset, step.settings)
         else:
-            _export(dataset, step.settings, force=force or ours)
-        return {"key": step.key(dataset.manifest.digest), "marks": step.found()}
+            _export(dataset, step.settings)
+        key = step.key(dataset.manifest.digest)
+        return {**claim(step), "key": key, "marks": step.found()}
 
 
 def _stats(dataset: Dataset, settings: StatsRecipe) -> None:
@@ -103,18 +120,15 @@ def _stats(dataset: Dataset, settings: StatsRecipe) -> None:
         too_long=settings.too_long,
     )
     stats["path"] = dataset.path.name  # the same bytes wherever the dataset lies
-    for path in (settings.html, settings.report):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     if settings.report is not None:
-        atomic_write(settings.report, canonical_json(stats))
+        write_output(settings.report, canonical_json(stats))
     if settings.html is not None:
         page = render_stats(stats, dataset_pictures(dataset, stats))
-        atomic_write(settings.html, page.encode())
+        write_output(settings.html, page.encode())
 
 
-def _export(dataset: Dataset, settings: ExportRecipe, *, force: bool) -> None:
-    size = settings.shard_mib * _MIB
+def _export(dataset: Dataset, settings: ExportRecipe) -> None:
+    size, force = settings.shard_mib * _MIB, True  # `check_targets` came before
     if settings.format == "webdataset":
         export_webdataset(dataset, settings.out, shard_bytes=size, force=force)
     elif settings.format == "energon":

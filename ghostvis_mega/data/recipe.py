@@ -18,6 +18,7 @@ Paths are relative to the recipe. An unknown key is an error.
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -83,7 +84,11 @@ class PlanRecipe(_Sizes):
 
 
 class DedupeRecipe(_Part):
-    """How alike samples must be to be dropped; see `operations.dedupe`."""
+    """How alike samples must be to be dropped; see `operations.dedupe`.
+
+    With `against`, what that dataset holds is dropped as well, and `ignore` is for this alone:
+    among themselves samples are duplicates if both pictures and text are alike.
+    """
 
     images: Match = "exact"
     text: Match = "exact"
@@ -122,6 +127,13 @@ class ExportRecipe(_Part):
     append_eod: bool = False
     skip_images: bool = False
 
+    def outputs(self) -> tuple[Path, ...]:
+        """Files and directories that the export writes."""
+        if self.format == "megatron":
+            files = MegatronFiles.of(self.out)
+            return files.bin, files.idx, files.json
+        return (self.out,)
+
 
 class Recipe(_Part):
     """A dataset to build."""
@@ -139,12 +151,21 @@ class Recipe(_Part):
     def outputs(self) -> list[Path]:
         """All that a build writes."""
         pages = [path for each in self.stats for path in (each.html, each.report) if path]
-        exports = [export.out for export in self.exports]
+        exports = [path for export in self.exports for path in export.outputs()]
         return [self.out, *pages, *exports]
+
+    def named_inputs(self) -> list[Path]:
+        """Files and folders that the recipe reads."""
+        paths: list[Path | None] = [self.tokenizer.file]
+        for source in self.sources:
+            paths += [source.annotations, source.images, *_row_files(source)]
+        if self.dedupe is not None:
+            paths.append(self.dedupe.against)
+        return [path for path in paths if path is not None]
 
     def inputs(self) -> list[Path]:
         """All files that decide the dataset, pictures included."""
-        paths = [self.tokenizer.file]
+        paths: list[Path | None] = [self.tokenizer.file]
         for source in self.sources:
             images = source.images
             if images is None and source.format == "csv" and source.path is not None:
@@ -226,10 +247,39 @@ def load_recipe(path: Path) -> Recipe:
             "exports": tuple(_placed(each, folder, "out") for each in recipe.exports),
         }
     )
-    outputs = placed.outputs()
-    if repeated := [str(one) for one in outputs if outputs.count(one) > 1]:
-        raise DataError(f"{path}: two outputs have the name {repeated[0]}: give each its own")
+    _check_outputs(placed, path)
     return placed
+
+
+def _check_outputs(recipe: Recipe, path: Path) -> None:
+    """No output takes the place of an input, of the recipe, or of another output."""
+    outputs = recipe.outputs()
+    for number, output in enumerate(outputs):
+        for read in (path, *recipe.named_inputs()):
+            if _holds(output, read):
+                raise DataError(
+                    f"{path}: the output {output} would replace {read}, which the build reads: "
+                    "give the output another name"
+                )
+        against = recipe.dedupe and recipe.dedupe.against
+        if against and _holds(against, output):
+            raise DataError(f"{path}: the output {output} lies inside {against}: put it elsewhere")
+        for other in (*outputs[:number], *outputs[number + 1 :]):
+            if output == other:
+                raise DataError(f"{path}: two outputs have the name {output}: give each its own")
+            if _holds(output, other):
+                raise DataError(
+                    f"{path}: the output {other} lies inside the output {output}: put it elsewhere"
+                )
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """`inner` is `outer` or lies in it, by name or where links lead."""
+    for place in (os.path.abspath, os.path.realpath):  # both work for names that do not exist
+        first, second = Path(place(outer)), Path(place(inner))
+        if first == second or first in second.parents:
+            return True
+    return False
 
 
 def _placed[P: _Part](part: P, folder: Path, *names: str) -> P:

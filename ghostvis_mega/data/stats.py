@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.dataset import Dataset, ranges
 from ghostvis_mega.data.layout import ImageFormat, Role
 from ghostvis_mega.data.looks.balance import simulate
 from ghostvis_mega.data.looks.mix import ghostvis_mix
@@ -218,15 +218,31 @@ def _token_kinds(dataset: Dataset, tokens_per_image: int) -> dict[str, int]:
     """Positions of the whole dataset by what stands there, images expanded."""
     spans = dataset.spans
     by_role = np.bincount(spans["role"], weights=spans["len"], minlength=max(Role) + 1)
+    by_role = by_role.astype(np.int64) - _sentinels_by_role(dataset)
     kinds = {role.name.lower(): int(by_role[role]) for role in Role if by_role[role]}
-    text = int(dataset.sample_index["tok_len"].sum())
-    kinds["template"] = text - sum(kinds.values())
-    # Sentinels lie inside user, system or tool spans; nearly always user.
     images = len(dataset.image_refs)
-    holder = "user" if kinds.get("user", 0) >= images else "template"
-    kinds[holder] -= images
+    text = int(dataset.sample_index["tok_len"].sum()) - images
+    kinds["template"] = text - sum(kinds.values())
     kinds["image"] = images * tokens_per_image
     return kinds
+
+
+def _sentinels_by_role(dataset: Dataset) -> np.ndarray:
+    """How many pictures stand in spans of each role: int64 [roles]; those in none are no one's."""
+    records, spans = dataset.sample_index, dataset.spans
+    offsets = records["tok_off"].astype(np.int64)
+    filled = ranges(records["span_off"].astype(np.int64), records["n_spans"].astype(np.int64))
+    starts = spans["start"][filled] + np.repeat(offsets, records["n_spans"])
+    held = ranges(records["img_off"].astype(np.int64), records["n_images"].astype(np.int64))
+    places = dataset.image_refs["pos"][held] + np.repeat(offsets, records["n_images"])
+    some = np.flatnonzero(spans["len"][filled])  # an empty span holds nothing
+    some = some[np.argsort(starts[some], kind="stable")]
+    if not len(some):
+        return np.zeros(max(Role) + 1, dtype=np.int64)
+    last = some[np.maximum(np.searchsorted(starts[some], places, side="right") - 1, 0)]
+    inside = (starts[last] <= places) & (places < starts[last] + spans["len"][filled][last])
+    roles = spans["role"][filled][last[inside]]
+    return np.bincount(roles, minlength=max(Role) + 1).astype(np.int64)
 
 
 def _sources(dataset: Dataset, tokens_per_image: int) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+from ghostvis_mega.utils.errors import DataError
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -44,6 +46,33 @@ def atomic_write(path: Path, data: bytes) -> None:
         if not done:
             temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def prepare_output(path: Path) -> None:
+    """Make the directory of a file that is to be written, before work is spent on its content.
+
+    Raises:
+        DataError: `path` is a directory, or its own cannot be made.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a directory: give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror} ({path.parent})") from error
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """`atomic_write` for a file that a user named; makes its directory.
+
+    Raises:
+        DataError: the file cannot be written, and why.
+    """
+    prepare_output(path)
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def canonical_json(value: Any) -> bytes:

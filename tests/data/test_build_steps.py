@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from ghostvis_mega.data import build_steps
 from ghostvis_mega.data.build import Built, build
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.recipe import load_recipe
@@ -19,6 +21,7 @@ from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError
 from tools.preprocess.cli import main
 
+SIZES = {"seq_length": 96, "tokens_per_image": 4}
 OUTPUTS = ("made.gvd", "page.html", "numbers.json", "shards", "energon", "text.bin", "text.json")
 
 
@@ -203,5 +206,125 @@ def test_an_evaluation_set_is_kept_out(folder: Path) -> None:
     built = _build(folder)
     lines = (folder / "clean.gvd" / "rejects.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["reason"] for line in lines}
-    assert reasons == {"leaked_image", "missing_image"}
-    assert built.manifest.counts.samples == 16
+    assert reasons == {"leaked_image", "missing_image", "duplicate"}
+    # Four questions are about the leaked picture. Of the other rows seven repeat one; questions
+    # that differ are no duplicates though their picture is the same.
+    assert built.manifest.counts.samples == 21 - 1 - 4 - 7
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"stats": [{**SIZES, "report": "rows.json"}]}, "would replace .*rows.json"),
+        ({"stats": [{**SIZES, "html": "recipe.yaml"}]}, "would replace .*recipe.yaml"),
+        ({"exports": [{"format": "webdataset", "out": "photos"}]}, "would replace .*photos"),
+        ({"exports": [{"format": "webdataset", "out": "link"}]}, "would replace .*photos"),
+        ({"out": "../inputs"}, "would replace .*recipe.yaml"),
+        ({"dedupe": {"against": "eval.gvd"}, "out": "eval.gvd"}, "would replace .*eval.gvd"),
+        (
+            {
+                "dedupe": {"against": "eval.gvd"},
+                "stats": [{**SIZES, "report": "eval.gvd/manifest.json"}],
+            },
+            "lies inside .*eval.gvd",
+        ),
+        ({"stats": [{**SIZES, "html": "made.gvd/page.html"}]}, "lies inside the output .*made.gvd"),
+        (
+            {
+                "sources": [{"format": "megatron", "path": "text"}],
+                "exports": [{"format": "megatron", "out": "text"}],
+            },
+            "would replace .*text.bin",
+        ),
+    ],
+)
+def test_no_output_replaces_an_input(
+    tmp_path: Path, change: dict[str, object], expected: str
+) -> None:
+    folder = tmp_path / "inputs"
+    _write_inputs(folder)
+    (folder / "link").symlink_to(folder / "photos")
+    recipe = _recipe(folder, **change)
+    with pytest.raises(DataError, match=expected):
+        load_recipe(recipe)
+
+
+def test_outputs_may_lie_beside_inputs(folder: Path) -> None:
+    """A folder that is read may hold what is written: only equal or enclosing names collide."""
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("some text")
+    _recipe(
+        folder,
+        out="notes/made.gvd",
+        sources=[{"format": "text", "path": "notes"}],
+        stats=[],
+        exports=[{"format": "megatron", "out": "notes/all"}],
+    )
+    assert _build(folder).steps == ("export all",)
+    assert _build(folder).up_to_date
+
+
+@pytest.mark.parametrize("name", ["page.html", "numbers.json"])
+def test_pages_that_no_build_made_are_not_replaced(folder: Path, name: str) -> None:
+    (folder / name).write_text("thesis")
+    with pytest.raises(DataError, match=f"{name} exists already and no build made it"):
+        _build(folder)
+    assert (folder / name).read_text() == "thesis"
+    _build(folder, force=True)
+    assert (folder / name).read_text() != "thesis"
+
+
+def test_a_page_of_a_killed_build_is_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the last byte of an output and the note that it is done."""
+    for step in ("_stats", "_export"):
+        made = getattr(build_steps, step)
+
+        def stop(*arguments: object, made: Callable[..., None] = made) -> None:
+            made(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(build_steps, step, stop)
+            _build(folder)
+    assert _build(folder).steps == ("export shards", "export energon", "export text")
+
+
+def test_a_page_in_a_new_folder_is_made(folder: Path) -> None:
+    _recipe(folder, stats=[{**SIZES, "html": "new/page.html"}], exports=[])
+    _build(folder)
+    assert (folder / "new" / "page.html").is_file()
+    _recipe(folder, stats=[{**SIZES, "html": "rows.json/page.html"}], exports=[])
+    with pytest.raises(DataError, match=r"rows\.json"):
+        _build(folder)
+    (folder / "taken").mkdir()
+    _recipe(folder, stats=[{**SIZES, "html": "taken"}], exports=[])
+    with pytest.raises(DataError, match="is a directory"):
+        _build(folder, force=True)
+
+
+def test_a_dry_run_checks_targets_and_names_steps(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry(*options: str) -> tuple[int | str | None, str, str]:
+        try:
+            code: int | str | None = main(["build", str(recipe), "--dry-run", *options])
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    built = _build(folder)
+    model = folder / "tok.model"
+    model.write_bytes((folder / "made.gvd" / "tokenizer.model").read_bytes())
+    recipe = _recipe(folder, tokenizer={"file": "tok.model"})
+    code, text, _ = dry()
+    assert (code, "20 samples" in text, "before dedupe" in text) == (0, True, True)
+    steps = ", ".join(built.steps)
+    assert f"would make: made.gvd, plan balanced, plan concat, {steps}" in text
+    _build(folder)
+    assert "nothing, all is up to date" in dry()[1]
+    assert json.loads(dry("--json")[1])["would_make"] == []
+    recipe = _recipe(folder, tokenizer={"file": "tok.model"}, out="taken.gvd")
+    (folder / "taken.gvd").mkdir()
+    code, _, problem = dry()
+    assert (code, "taken.gvd exists already" in problem) == (2, True)

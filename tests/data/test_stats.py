@@ -19,8 +19,9 @@ from ghostvis_mega.data.looks.stats_text import stats_text
 from ghostvis_mega.data.plan import PlanParams
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.data.stats import dataset_stats, mix_stats
-from ghostvis_mega.data.template import Turn
+from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.data.tokenizer import Tokenizer
+from tests.data.conftest import png
 from tests.train.test_report import HOSTILE, Page
 from tools.preprocess.cli import main
 
@@ -63,16 +64,50 @@ def test_positions_are_those_of_an_epoch(dataset: Dataset, stats: dict) -> None:
     assert stats["trained_share"] == pytest.approx(trained / positions, abs=1e-5)
 
 
-def test_roles_are_counted_span_by_span(dataset: Dataset, stats: dict) -> None:
-    names = ("system", "user", "assistant", "tool", "image", "eos")
+def _roles_of(dataset: Dataset) -> Counter[str]:
+    """Tokens of each role and of the template, position by position, without pictures."""
+    names = ("system", "user", "assistant", "tool", "image", "eos", "text")
     expected: Counter[str] = Counter()
     for index in range(dataset.num_samples):
         sample = dataset.sample(index)
+        role = ["template"] * len(sample.tokens)
         for span in sample.spans:
-            expected[names[span["role"]]] += int(span["len"])
-        expected["user"] -= len(sample.image_ids)
-    for name in ("system", "user", "assistant", "eos"):
-        assert stats["tokens"][name] == expected[name]
+            for position in range(span["start"], span["start"] + span["len"]):
+                role[position] = names[span["role"]]
+        for position in sample.image_positions:
+            role[position] = "nothing"
+        expected.update(role)
+    del expected["nothing"]
+    return expected
+
+
+def test_roles_are_counted_position_by_position(dataset: Dataset, stats: dict) -> None:
+    expected = _roles_of(dataset)
+    assert {name: stats["tokens"][name] for name in expected} == expected
+
+
+def test_pictures_count_for_no_role_wherever_they_stand(
+    build: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    picture = (ImagePart(), "yes no")
+    turns = {
+        "system": (Turn("system", picture), Turn("user", ("is it ?",)), Turn("assistant", ("no",))),
+        "user": (Turn("user", ("yes", *picture)), Turn("assistant", ("no",))),
+        "tool": (
+            *(Turn("user", ("no ?",)), Turn("assistant", ("is it ?",))),
+            *(Turn("tool", picture), Turn("assistant", ("no",))),
+        ),
+    }
+    rows = [
+        Row(f"{name}{number}", turns[name], (tmp_path / "a.png",))
+        for name, times in (("user", 9), ("system", 3), ("tool", 2))
+        for number in range(times)
+    ]
+    with Dataset.open(build(rows)) as opened:
+        found = dataset_stats(opened, **OPTIONS)["tokens"]
+        expected = _roles_of(opened)
+    assert found == {**expected, "image": len(rows) * WIDTH}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -257,3 +292,22 @@ def test_the_demo_meets_its_bars(tmp_path: Path) -> None:
         )  # fmt: skip
     assert stats["bars"][0]["limit"] == 0.015
     assert [bar["name"] for bar in stats["bars"] if not bar["ok"]] == []
+
+
+@pytest.mark.parametrize("command", ["stats", "inspect"])
+def test_a_page_may_be_in_a_new_folder(
+    command: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What cannot be written is said before the work, in one sentence."""
+    sizes = ["--seq-length", str(SEQ), "--tokens-per-image", str(WIDTH)]
+    page = tmp_path / "new" / "folder" / "page.html"
+    with pytest.raises(SystemExit, match="0"):
+        main([command, str(dataset.path), *sizes, "--html", str(page)])
+    assert page.is_file()
+    capsys.readouterr()
+    monkeypatch.setattr(Dataset, "open", lambda path: pytest.fail("work before the check"))
+    for wrong in (page / "below.html", tmp_path / "new"):
+        assert main([command, str(dataset.path), *sizes, "--html", str(wrong)]) == 2
+        problem = capsys.readouterr().err
+        assert str(wrong) in problem and problem.count("\n") == 1

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.data.build import build
+from ghostvis_mega.data.build import build, check_build
 from ghostvis_mega.data.ingest import DryRun, dry_run
 from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import open_source
@@ -44,9 +44,12 @@ def build_command(
     meters = Meters()
     progress = Progress(meters=meters)
     if dry:
+        missing = check_build(loaded, force=force)
         counted = _count(loaded, workers, progress, meters)
         progress.end()
-        report_dry_run(counted, as_json=as_json)
+        report_dry_run(
+            counted, as_json=as_json, would_make=missing, deduped=loaded.dedupe is not None
+        )
         return
     built = build(
         loaded, workers=workers, force=force, check=check, progress=progress, meters=meters

@@ -105,17 +105,32 @@ def _dry_run(
     report_dry_run(found, as_json=as_json)
 
 
-def report_dry_run(found: DryRun, *, as_json: bool) -> None:
-    """What would have been written."""
+def report_dry_run(
+    found: DryRun,
+    *,
+    as_json: bool,
+    would_make: tuple[str, ...] | None = None,
+    deduped: bool = False,
+) -> None:
+    """What would have been written.
+
+    Args:
+        would_make: outputs that a build would make; None for other commands.
+        deduped: the counts are before dedupe, which would come next.
+    """
     if as_json:
-        print_json(asdict(found))
+        build = {} if would_make is None else {"would_make": would_make, "before_dedupe": deduped}
+        print_json(asdict(found) | build)
         return
     print(
         f"{found.rows} rows would give {found.samples} samples, {found.images} images, "
-        f"{found.tokens} tokens ({found.trained_tokens} trained); nothing was written"
+        f"{found.tokens} tokens ({found.trained_tokens} trained)"
+        f"{' before dedupe' if deduped else ''}; nothing was written"
     )
     for reason, count in found.rejected.items():
         print(f"  rejected: {reason} {count}")
+    if would_make is not None:
+        print(f"  would make: {', '.join(would_make) or 'nothing, all is up to date'}")
 
 
 def report_ingest(manifest: Manifest, out: Path, *, as_json: bool) -> None:

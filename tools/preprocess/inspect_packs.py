@@ -11,7 +11,7 @@ from ghostvis_mega.data.looks.pack_page import page_pictures, render_packs
 from ghostvis_mega.data.looks.pack_text import pack_json, pack_text
 from ghostvis_mega.data.looks.pack_view import PackViewer
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import atomic_write
+from ghostvis_mega.utils.files import prepare_output, write_output
 from tools.preprocess.options import (
     ContextParallel,
     Json,
@@ -50,6 +50,8 @@ def inspect_command(
     """
     if sum(choice is not None for choice in (pack, key, random)) > 1:
         raise DataError("give only one of --pack, --key and --random")
+    if html is not None:
+        prepare_output(html)
     with Dataset.open(dataset) as opened:
         viewer = PackViewer(
             opened,
@@ -69,7 +71,7 @@ def inspect_command(
         packs = [viewer.view(number) for number in numbers]
         if html is not None:
             page = render_packs(dataset.name, packs, page_pictures(opened, packs))
-            atomic_write(html, page.encode())
+            write_output(html, page.encode())
             if not as_json:
                 print(f"{html}: {len(packs)} of {viewer.num_packs} packs, {len(page) / 1e6:.2f} MB")
             if not as_json:

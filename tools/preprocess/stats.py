@@ -12,7 +12,7 @@ from ghostvis_mega.data.looks.stats_page import dataset_pictures, render_stats
 from ghostvis_mega.data.looks.stats_text import stats_text
 from ghostvis_mega.data.stats import DATA_PARALLEL, MIX, PATCHES_PER_IMAGE, dataset_stats, mix_stats
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import atomic_write
+from ghostvis_mega.utils.files import prepare_output, write_output
 from tools.preprocess.options import ContextParallel, SegmentAlign, TooLong, TooLongOption
 from tools.preprocess.plan import alignment
 
@@ -58,6 +58,8 @@ def stats_command(
     """
     if (dataset is None) == (lengths is None):
         raise DataError("give either a dataset or --lengths ghostvis-mix")
+    if html is not None:
+        prepare_output(html)
     options = {
         "seq_length": seq_length,
         "tokens_per_image": tokens_per_image,
@@ -75,7 +77,7 @@ def stats_command(
             if html is not None:
                 pictures = dataset_pictures(opened, stats)
     if html is not None:
-        atomic_write(html, render_stats(stats, pictures).encode())
+        write_output(html, render_stats(stats, pictures).encode())
     if as_json:
         print(json.dumps(stats, indent=2, sort_keys=True))
     else:

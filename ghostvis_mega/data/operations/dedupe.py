@@ -8,7 +8,7 @@ says nothing.
 
 import hashlib
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -180,15 +180,25 @@ class _Pool:
 
 
 def find_duplicates(
-    dataset: Dataset, params: DedupeParams, *, progress: Progress | None = None
+    dataset: Dataset,
+    params: DedupeParams,
+    *,
+    without: Collection[int] = (),
+    progress: Progress | None = None,
 ) -> Duplicates:
-    """Samples that an earlier sample of the same dataset makes superfluous."""
+    """Samples that an earlier sample of the same dataset makes superfluous.
+
+    Args:
+        without: samples that are dropped already: neither kept nor compared with.
+    """
     pool = _Pool([dataset])
     images = pool.near_images(progress) if params.images == "near" else pool.exact_images
     texts = None if params.text == "ignore" else pool.texts(params.text)
     first: dict[Hashable, int] = {}
     keep, dropped = [], []
     for index, ids in enumerate(pool.images):
+        if index in without:
+            continue
         if params.text == "ignore" and not ids:  # no picture, so nothing to compare
             keep.append(index)
             continue
