@@ -13,7 +13,10 @@ _PREPARED = re.compile(r"\.gvd($|\.tmp-)")
 
 
 def _below(folder: Path, skip: frozenset[Path]) -> Iterator[Path]:
-    """Files of a folder in a fixed order; hidden ones and prepared datasets are no input."""
+    """Files of a folder in a fixed order; hidden ones and prepared datasets are no input.
+
+    Links to folders are not followed: a link to a folder above would never end.
+    """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -22,9 +25,9 @@ def _below(folder: Path, skip: frozenset[Path]) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.name.startswith(".") or _PREPARED.search(entry.name) or path in skip:
             continue
-        if entry.is_dir():
+        if entry.is_dir(follow_symlinks=False):
             yield from _below(path, skip)
-        else:
+        elif not (entry.is_symlink() and path.is_dir()):
             yield path
 
 
@@ -44,6 +47,13 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}, which the recipe names, cannot be read: {error.strerror}")
 
 
+def _absent(file: Path, error: OSError) -> bytes:
+    """What stands for a link to nothing, which only the row that names it misses."""
+    if not file.is_symlink():
+        raise _unreadable(file, error) from error
+    return b"absent %s\0" % os.fsencode(file)
+
+
 def state_of(files: Iterable[Path]) -> str:
     """Hex digest of names, sizes and times of change: what a glance at the files tells."""
     digest = hashlib.sha256()
@@ -51,7 +61,8 @@ def state_of(files: Iterable[Path]) -> str:
         try:
             found = file.stat()
         except OSError as error:
-            raise _unreadable(file, error) from error
+            digest.update(_absent(file, error))
+            continue
         digest.update(b"%d %d %s\0" % (found.st_size, found.st_mtime_ns, os.fsencode(file)))
     return digest.hexdigest()
 
@@ -63,5 +74,5 @@ def content_of(files: Iterable[Path]) -> str:
         try:
             digest.update(b"%s %s\0" % (sha256_file(file).encode(), os.fsencode(file)))
         except OSError as error:
-            raise _unreadable(file, error) from error
+            digest.update(_absent(file, error))
     return digest.hexdigest()

@@ -23,6 +23,8 @@ MAX_SIDE = 65_535
 MAX_ASPECT = 200
 MIN_SIDE = 2
 _FORMATS = tuple(fmt.name for fmt in ImageFormat)
+_STORED_AS = {name: ImageFormat[name] for name in _FORMATS} | {"MPO": ImageFormat.JPEG}
+"""By Pillow's name. MPO is a JPEG that other pictures follow; the first one counts."""
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -93,6 +95,8 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("too_large", str(error)) from error
     except _DECODE_ERRORS as error:
         raise ImageError("broken", f"header: {error}") from error
+    if image.format not in _STORED_AS:
+        raise ImageError("not_an_image", f"{image.format} is none of {', '.join(_FORMATS)}")
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError("too_large", f"{width}x{height} pixels, at most {MAX_PIXELS} are decoded")
@@ -145,7 +149,7 @@ def probe(data: bytes) -> ImageInfo:
     if orientation >= 5:
         width, height = height, width
     return ImageInfo(
-        format=ImageFormat[str(image.format)],
+        format=_STORED_AS[str(image.format)],
         width=width,
         height=height,
         orientation=orientation,

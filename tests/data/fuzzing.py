@@ -44,6 +44,7 @@ def originals() -> list[bytes]:
     wanted = [
         (colour, "PNG", {}),
         (colour, "JPEG", {"quality": 80}),
+        (colour, "MPO", {"save_all": True, "append_images": [alpha.convert("RGB")]}),
         (colour, "JPEG", {"progressive": True, "exif": exif}),
         (colour.convert("CMYK"), "JPEG", {}),
         (picture, "JPEG", {"subsampling": 0}),

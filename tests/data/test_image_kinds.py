@@ -1,4 +1,4 @@
-"""Seventeen kinds of bad or odd pictures through `ingest`: the reason, or what is stored."""
+"""Eighteen kinds of bad or odd pictures through `ingest`: the reason, or what is stored."""
 
 import io
 import json
@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ghostvis_mega.data import pixels
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.ingest import Row
-from ghostvis_mega.data.pixels import decode_rgb
+from ghostvis_mega.data.layout import ImageFormat
+from ghostvis_mega.data.pixels import decode_rgb, probe
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.utils.errors import DataError
 
@@ -77,7 +79,12 @@ def _scaled(pixels: np.ndarray) -> bool:
     return bool(np.abs(pixels[4, :, 0].astype(int) - expected).max() <= 1)
 
 
+def _first_of_two(pixels: np.ndarray) -> bool:
+    return bool(np.array_equal(pixels, decode_rgb(JPEG, image_size=32)))
+
+
 JPEG, PNG = _encode(_noise(), "JPEG"), _encode(_noise(), "PNG")
+MPO = _encode(_noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))])
 RAMP = Image.fromarray(np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1)))
 
 KINDS: dict[str, tuple[bytes, str, Callable[[np.ndarray], bool] | None]] = {
@@ -90,6 +97,7 @@ KINDS: dict[str, tuple[bytes, str, Callable[[np.ndarray], bool] | None]] = {
     "PNG with a broken chunk": (PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:], "broken", None),
     "PNG of 50,000 squared": (_huge_png(50_000), "too_large", None),
     "PNG of 13,000 squared": (_huge_png(13_000), "too_large", None),
+    "JPEG that a second picture follows": (MPO, STORED, _first_of_two),
     "CMYK JPEG": (_encode(_noise().convert("CMYK"), "JPEG"), STORED, None),
     "EXIF orientation 6": (_turned(), STORED, _upright),
     "broken EXIF": (
@@ -115,8 +123,8 @@ def path(build: Callable[..., Path], tmp_path: Path) -> Path:
     return build(rows)
 
 
-def test_there_are_seventeen() -> None:
-    assert len(KINDS) == 17
+def test_there_are_eighteen() -> None:
+    assert len(KINDS) == 18
 
 
 def test_each_is_refused_with_its_reason_or_stored(path: Path) -> None:
@@ -143,7 +151,16 @@ def test_what_is_stored_is_stored_as_it_came_and_decodes_right(path: Path) -> No
             if sample.key == "EXIF orientation 6":
                 record = opened.image_index[sample.image_ids[0]]
                 assert (record["width"], record["height"]) == (32, 64)
-    assert checked == 4
+    assert checked == 5
+
+
+def test_what_pillow_calls_by_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe(MPO).format is ImageFormat.JPEG
+    monkeypatch.setattr(pixels, "_STORED_AS", {"JPEG": ImageFormat.JPEG})
+    assert probe(JPEG).format is ImageFormat.JPEG
+    for judge in (probe, lambda data: decode_rgb(data, image_size=8)):
+        with pytest.raises(pixels.ImageError, match="not_an_image: MPO is none of JPEG"):
+            judge(MPO)
 
 
 def test_damage_after_ingest_is_found_though_it_decodes(path: Path) -> None:

@@ -14,7 +14,7 @@ _CHUNK_CHARS = 1 << 20
 _BATCH_ROWS = 1024
 
 
-def parse(data: bytes) -> tuple[Any, str]:
+def parse(data: bytes | str) -> tuple[Any, str]:
     """(value or None, what is wrong with it)."""
     try:
         return json.loads(data), ""
@@ -24,6 +24,8 @@ def parse(data: bytes) -> tuple[Any, str]:
 
 def documents(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, Any, str]]:
     """(row number, parsed row or None, what is wrong with it) of JSON lines or of a JSON list.
+
+    Bytes of a list that are no UTF-8 stay in their row, which is refused for them.
 
     Raises:
         DataError: the file cannot be read, or it is no list of rows.
@@ -38,7 +40,10 @@ def documents(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, Any
                     if line.strip():
                         yield number, *parse(line)
         else:
-            with open(path, encoding="utf-8") as file, meter.reading(file, size):
+            with (
+                open(path, encoding="utf-8-sig", errors="surrogateescape") as file,
+                meter.reading(file, size),
+            ):
                 yield from ((n, row, "") for n, row in enumerate(_stream_list(file)))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
@@ -48,6 +53,12 @@ def documents(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, Any
         raise DataError(
             f"{path} is not valid JSON ({error}); JSON lines need the ending .jsonl"
         ) from error
+
+
+def json_items(path: Path, meter: Meter | None = None) -> Iterator[Any]:
+    """Rows of `documents` for `make_rows`; a broken line is the RowError that says so."""
+    for _, item, problem in documents(path, meter):
+        yield RowError("bad_json", problem) if problem else item
 
 
 def _stream_list(file: TextIO) -> Iterator[Any]:
@@ -108,9 +119,10 @@ def read_object(path: Path, field: str) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file; DataError if it cannot be read."""
+    """A whole JSON file; DataError if it cannot be read. Bytes that are no UTF-8 are kept."""
     try:
-        document, problem = parse(path.read_bytes())
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        document, problem = parse(text)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if problem:
@@ -174,7 +186,11 @@ def image_path(name: Any, folder: Path | None) -> Path:
     if folder is None:
         raise DataError("the rows have images: give their folder with --images")
     path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # links that lead to each other: RuntimeError
+        raise RowError("missing_image", f"{name!r} cannot be followed to a file") from error
+    if not inside:
         raise RowError("image_outside_folder", f"{name!r} links out of the image folder")
     return path
 
@@ -225,7 +241,8 @@ def make_rows(
 ) -> Iterator[Row | BadRow]:
     """`make(item, key)` of every item, or the reason why not; keys hold the row's number and id.
 
-    A `meter` counts items, which must then be a list.
+    An item that is a RowError is a reason already. A `meter` counts items, which must then be a
+    list.
     """
     if meter is not None and isinstance(items, Sized):
         meter.expect(len(items))
@@ -235,6 +252,8 @@ def make_rows(
         own = item.get(id_field) if id_field and isinstance(item, dict) else None
         key = f"{name}/{number:06d}" if own is None else f"{name}/{number:06d}/{own}"
         try:
+            if isinstance(item, RowError):
+                raise item
             yield make(item, key)
         except RowError as error:
             yield BadRow(key=key, reason=error.reason, detail=error.detail)

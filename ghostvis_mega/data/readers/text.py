@@ -1,15 +1,16 @@
 """Chats and documents without pictures, and pictures listed in a CSV file."""
 
 import csv
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ghostvis_mega.data.ingest import BadRow, Row
 from ghostvis_mega.data.readers.common import (
     check_folder,
-    documents,
     image_path,
+    json_items,
     list_field,
     make_rows,
     parquet_rows,
@@ -23,27 +24,18 @@ from ghostvis_mega.utils.errors import DataError
 
 _TEXT_ENDINGS = (".txt", ".md")
 _IMAGE_COLUMNS = ("image", "file_name", "filepath")
+_MAX_CELL_CHARS = 1 << 24
 _CAPTION_COLUMNS = ("caption", "text", "title")
 
 
 def _items(
     path: Path, column: str, optional: tuple[str, ...], meter: Meter | None
 ) -> Iterator[Any]:
-    """Rows of parquet, JSON or JSON lines; a broken line is an item that is no dictionary."""
+    """Rows of parquet, JSON or JSON lines; a broken line is a RowError."""
     if path.suffix.lower() == ".parquet":
         yield from parquet_rows(path, (column,), optional, meter)
     else:
-        for _, item, problem in documents(path, meter):
-            yield _Broken(problem) if problem else item
-
-
-class _Broken(str):
-    """What is wrong with a line."""
-
-
-def _check_line(item: Any) -> None:
-    if isinstance(item, _Broken):
-        raise RowError("bad_json", str(item))
+        yield from json_items(path, meter)
 
 
 def chat_rows(
@@ -52,7 +44,6 @@ def chat_rows(
     """SmolTalk's layout: `messages`, a list of {role, content}; parquet, JSON or JSON lines."""
 
     def make(row: Any, key: str) -> Row:
-        _check_line(row)
         turns = tuple(
             Turn(text_field(message, "role"), (text_field(message, "content"),))
             for message in list_field(row, "messages")
@@ -76,7 +67,6 @@ def text_rows(
         return
 
     def make(row: Any, key: str) -> Row:
-        _check_line(row)
         return Row(key=key, turns=(Turn(DOCUMENT, (text_field(row, "text"),)),))
 
     items = _items(path, "text", ("id",), meter)
@@ -121,35 +111,92 @@ def csv_rows(
     check_folder(images)
     folder = path.parent if images is None else images
     meter = meter or Meter()
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL_CHARS))
     try:
         size = path.stat().st_size
         meter.expect(size)
-        with open(path, encoding="utf-8-sig", newline="") as file, meter.reading(file, size):
-            table = csv.DictReader(file)
-            columns = table.fieldnames or ()
-            picture = next((name for name in _IMAGE_COLUMNS if name in columns), None)
-            caption = next((name for name in _CAPTION_COLUMNS if name in columns), None)
-            asked = {"question", "answer"} <= set(columns)
-            if picture is None or not (asked or caption):
-                raise DataError(
-                    f"{path} needs a header line with `image`, and `caption` or `question` and "
-                    f"`answer`; it has {', '.join(columns) or 'none'}"
-                )
-
-            def make(row: Any, key: str) -> Row:
-                if None in row or None in row.values():
-                    raise RowError("bad_row", f"the row does not have {len(columns)} cells")
-                question = row["question"] if asked else prompt
-                answer = row["answer"] if asked else row[caption]
-                return Row(
-                    key=key,
-                    turns=visual_question(question, answer),
-                    images=(image_path(row[picture], folder),),
-                    answers=(answer,),
-                )
-
+        with (
+            open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+            meter.reading(file, size),
+        ):
+            table = _table(file)
+            columns = next(table, [])
+            if isinstance(columns, RowError):
+                raise DataError(f"{path} is not a CSV file: {columns.detail}")
+            make = _picture_row(path, columns, folder, prompt)
             yield from make_rows(path.stem, table, make, limit=limit)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+
+
+def _picture_row(
+    path: Path, columns: list[str], folder: Path, prompt: str
+) -> Callable[[Any, str], Row]:
+    """What makes a row of the cells under `columns`; DataError if they name no picture or text."""
+    picture = next((name for name in _IMAGE_COLUMNS if name in columns), None)
+    caption = next((name for name in _CAPTION_COLUMNS if name in columns), None)
+    asked = {"question", "answer"} <= set(columns)
+    if picture is None or not (asked or caption):
+        raise DataError(
+            f"{path} needs a header line with `image`, and `caption` or `question` and "
+            f"`answer`; it has {', '.join(columns) or 'none'}"
+        )
+
+    def make(cells: list[str], key: str) -> Row:
+        if len(cells) != len(columns):
+            raise RowError("bad_row", f"the row has {len(cells)} cells, not {len(columns)}")
+        row = dict(zip(columns, cells, strict=True))
+        question = row["question"] if asked else prompt
+        answer = row["answer"] if asked else row[str(caption)]
+        return Row(
+            key=key,
+            turns=visual_question(question, answer),
+            images=(image_path(row[picture], folder),),
+            answers=(answer,),
+        )
+
+    return make
+
+
+class _Lines:
+    """Lines of a file that can be given back, to be read again."""
+
+    def __init__(self, file: TextIO):
+        self._file, self._again, self.count = file, deque[str](), 0
+        self.taken: list[str] = []
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._file)
+        self.taken.append(line)
+        self.count += 1
+        return line
+
+    def give_back(self) -> None:
+        """All that was taken but the first line."""
+        self._again.extendleft(reversed(self.taken[1:]))
+        self.count -= len(self.taken) - 1
+
+
+def _table(file: TextIO) -> Iterator[list[str] | RowError]:
+    """Rows of cells that are not empty; a row that is no CSV is a RowError.
+
+    A quote that is never closed takes all lines up to the next quote: only the first of them is
+    given up, the others are read again as rows.
+    """
+    lines = _Lines(file)
+    reader = csv.reader(lines, strict=True)
+    while True:
+        lines.taken.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            lines.give_back()
+            yield RowError("bad_csv", f"line {lines.count}: {error}; read on after this line")
+            continue
+        if cells:
+            yield cells

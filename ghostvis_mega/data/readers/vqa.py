@@ -12,9 +12,9 @@ from ghostvis_mega.data.ingest import BadRow, Row
 from ghostvis_mega.data.readers.common import (
     by_id,
     check_folder,
-    documents,
     field,
     image_path,
+    json_items,
     list_field,
     make_rows,
     read_json,
@@ -142,6 +142,4 @@ def chartqa_rows(
             answers=(label,),
         )
 
-    yield from make_rows(
-        path.stem, (row for _, row, _ in documents(path, meter)), make, limit=limit
-    )
+    yield from make_rows(path.stem, json_items(path, meter), make, limit=limit)
