@@ -85,6 +85,13 @@ def ingest_command(
     )  # fmt: skip
     progress.end()
     report_ingest(manifest, out, as_json=as_json)
+    _check_stored(manifest.counts.samples, manifest.counts.rejected)
+
+
+def _check_stored(samples: int, rejected: int) -> None:
+    """DataError if all was for nothing, so that a script does not go on."""
+    if samples == 0:
+        raise DataError(f"no sample came of the input: all {rejected} rows were rejected")
 
 
 def _dry_run(
@@ -103,6 +110,7 @@ def _dry_run(
     )  # fmt: skip
     progress.end()
     report_dry_run(found, as_json=as_json)
+    _check_stored(found.samples, found.rows)
 
 
 def report_dry_run(

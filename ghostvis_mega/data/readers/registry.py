@@ -108,11 +108,11 @@ FORMATS: dict[str, Format] = {
     ),
     "chat": Format(
         lambda spec, meter: text.chat_rows(spec.file(), limit=spec.limit, meter=meter),
-        "SmolTalk-style `messages`: parquet, JSON or JSON lines",
+        "SmolTalk-style `messages`: parquet, JSON or JSON lines, or a folder of them",
     ),
     "text": Format(
         lambda spec, meter: text.text_rows(spec.file(), limit=spec.limit, meter=meter),
-        "documents: text files, a folder of them, or a column `text` (parquet, JSON lines)",
+        "documents: .txt, .md, or a column `text` (parquet, JSON, JSON lines), or a folder of them",
     ),
     "csv": Format(
         lambda spec, meter: text.csv_rows(
@@ -143,12 +143,23 @@ def open_source(spec: SourceSpec, meters: Meters | None = None) -> Source:
     `meters` gets a part that tells how much has been read.
     """
     meter = (meters or Meters()).part(_weight(spec))
-    rows = find_format(spec.format).rows(spec, meter)
+    rows = _at_least_one(find_format(spec.format).rows(spec, meter), spec)
     if spec.format == "easy-vqa":
         name, licence = f"{easy_vqa.NAME}/{spec.split}", spec.license or "MIT"
     else:
         name, licence = spec.file().stem, spec.license
     return Source(name=spec.name or name, rows=rows, license=licence)
+
+
+def _at_least_one(rows: Rows, spec: SourceSpec) -> Rows:
+    """The rows; DataError if there are none: a wrong path must not look like success."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        what = FORMATS[spec.format].help
+        raise DataError(f"{spec.path} has no row; the format {spec.format} reads {what}")
 
 
 def _weight(spec: SourceSpec) -> int:

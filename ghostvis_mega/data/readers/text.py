@@ -1,8 +1,10 @@
 """Chats and documents without pictures, and pictures listed in a CSV file."""
 
 import csv
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,11 +19,14 @@ from ghostvis_mega.data.readers.common import (
     text_field,
     visual_question,
 )
-from ghostvis_mega.data.readers.meter import Meter
+from ghostvis_mega.data.readers.meter import Meter, size_of
 from ghostvis_mega.data.readers.vqa import CAPTION_PROMPT
 from ghostvis_mega.data.template import DOCUMENT, RowError, Turn
 from ghostvis_mega.utils.errors import DataError
 
+log = logging.getLogger(__name__)
+
+_TABLE_ENDINGS = (".parquet", ".jsonl", ".json")
 _TEXT_ENDINGS = (".txt", ".md")
 _IMAGE_COLUMNS = ("image", "file_name", "filepath")
 _MAX_CELL_CHARS = 1 << 24
@@ -38,20 +43,76 @@ def _items(
         yield from json_items(path, meter)
 
 
+def _tables(
+    path: Path, column: str, make: Callable[[Any, str], Row], limit: int | None, meter: Meter
+) -> Iterator[Row | BadRow]:
+    """Rows of a file, or of all files of rows below a folder; keys then hold the file's name."""
+    if not path.is_dir():
+        items = _items(path, column, ("id",), meter)
+        yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
+        return
+    yield from _folder(path, _files_of_rows(path), column, make, limit, meter)
+
+
+def _folder(
+    path: Path,
+    files: list[Path],
+    column: str,
+    make: Callable[[Any, str], Row],
+    limit: int | None,
+    meter: Meter,
+) -> Iterator[Row | BadRow]:
+    meter.expect(sum(size_of(file) for file in files))
+
+    def rows() -> Iterator[Row | BadRow]:
+        for file in files:
+            name = f"{path.stem}/{file.relative_to(path).as_posix()}"
+            items = _items(file, column, ("id",), None)
+            yield from make_rows(name, items, make, id_field="id")
+            meter.add(size_of(file))
+
+    yield from islice(rows(), limit)
+
+
+def _files_of_rows(folder: Path) -> list[Path]:
+    """Parquet, JSON lines and JSON lists below a folder by name; other JSON is passed over."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        ending = file.suffix.lower()
+        if ending not in _TABLE_ENDINGS or not file.is_file():
+            continue
+        if ending == ".json" and not _is_list(file):
+            log.warning("%s is no list of rows and is passed over", file)
+            continue
+        found.append(file)
+    return found
+
+
+def _is_list(file: Path) -> bool:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as text:
+        return text.read(4096).lstrip().startswith("[")
+
+
+def _chat_row(row: Any, key: str) -> Row:
+    turns = tuple(
+        Turn(text_field(message, "role"), (text_field(message, "content"),))
+        for message in list_field(row, "messages")
+    )
+    return Row(key=key, turns=turns)
+
+
+def _document_row(row: Any, key: str) -> Row:
+    return Row(key=key, turns=(Turn(DOCUMENT, (text_field(row, "text"),)),))
+
+
 def chat_rows(
     path: Path, *, limit: int | None = None, meter: Meter | None = None
 ) -> Iterator[Row | BadRow]:
-    """SmolTalk's layout: `messages`, a list of {role, content}; parquet, JSON or JSON lines."""
+    """SmolTalk's layout: `messages`, a list of {role, content}; parquet, JSON or JSON lines.
 
-    def make(row: Any, key: str) -> Row:
-        turns = tuple(
-            Turn(text_field(message, "role"), (text_field(message, "content"),))
-            for message in list_field(row, "messages")
-        )
-        return Row(key=key, turns=turns)
-
-    items = _items(path, "messages", ("id",), meter)
-    yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
+    Of a folder, all such files below it, ordered by name.
+    """
+    yield from _tables(path, "messages", _chat_row, limit, meter or Meter())
 
 
 def text_rows(
@@ -59,18 +120,20 @@ def text_rows(
 ) -> Iterator[Row | BadRow]:
     """Documents: FineWeb's layout (a column `text`; parquet, JSON or JSON lines), or text files.
 
-    A text file is a document; of a folder, all .txt and .md files below it are, ordered by name.
+    A text file is a document; of a folder, all .txt and .md files below it are, ordered by name,
+    and then come the rows of its other files.
     """
-    if path.is_dir() or path.suffix.lower() in _TEXT_ENDINGS:
-        files, make_file = list(_text_files(path)), _text_file_row(path)
-        yield from make_rows(path.stem, files, make_file, limit=limit, meter=meter)
+    meter = meter or Meter()
+    if not path.is_dir() and path.suffix.lower() not in _TEXT_ENDINGS:
+        yield from _tables(path, "text", _document_row, limit, meter)
         return
-
-    def make(row: Any, key: str) -> Row:
-        return Row(key=key, turns=(Turn(DOCUMENT, (text_field(row, "text"),)),))
-
-    items = _items(path, "text", ("id",), meter)
-    yield from make_rows(path.stem, items, make, id_field="id", limit=limit)
+    files, tables = list(_text_files(path)), _files_of_rows(path) if path.is_dir() else []
+    # Files and bytes do not add up: with both, the bytes of the tables are the measure.
+    first = None if tables else meter
+    yield from make_rows(path.stem, files, _text_file_row(path), limit=limit, meter=first)
+    left = None if limit is None else max(0, limit - len(files))
+    if tables:
+        yield from _folder(path, tables, "text", _document_row, left, meter)
 
 
 def _text_files(path: Path) -> Iterator[Path]:
