@@ -93,7 +93,8 @@ demo-data: env
 	$(DEVICE_ENV)
 	mkdir -p $(dir $(DATA))
 	echo "demo: tokenizer and pictures"
-	python -m tools.preprocess train-tokenizer --from easy-vqa --vocab 512 --out $(DATA).model
+	python -m tools.preprocess train-tokenizer --from easy-vqa --vocab 512 --force \
+	    --out $(DATA).model
 	for split in train test; do
 	    python -m tools.preprocess ingest easy-vqa --split $$split --force \
 	        --tokenizer $(DATA).model --out $(DATA)-$$split.gvd

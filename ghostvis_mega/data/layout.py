@@ -21,7 +21,7 @@ IMAGE_RECORD = np.dtype(
         ("reserved_0", "<u2"),
         ("crc32", "<u4"),
         ("blake2b", "V16"),  # blake2b-128 of the encoded bytes: the identity of the image
-        ("dhash", "<u8"),  # perceptual hash; valid if flags has HAS_DHASH
+        ("dhash", "<u8"),  # reserved, 0
         ("reserved_1", "<u8"),
     ]
 )
@@ -59,8 +59,6 @@ KEY_HEADER = np.dtype(
     [("key_len", "<u4"), ("answers_len", "<u4"), ("answers_off", "<u8"), ("crc32", "<u4")]
 )
 """Stands before each UTF-8 key in keys.bin; crc32 covers the key and its answers (a JSON list)."""
-
-HAS_DHASH = 1
 
 assert IMAGE_RECORD.itemsize == SAMPLE_RECORD.itemsize == RECORD_BYTES
 assert IMAGE_REF.itemsize == SPAN.itemsize == 12

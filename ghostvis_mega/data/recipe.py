@@ -30,7 +30,7 @@ from ghostvis_mega.data.inputs import content_of, input_files, state_of
 from ghostvis_mega.data.manifest import MANIFEST_FILE, SCHEMA
 from ghostvis_mega.data.operations.dedupe import Match
 from ghostvis_mega.data.plan import Algorithm, PlanParams, TooLong
-from ghostvis_mega.data.readers.registry import SourceSpec, find_format
+from ghostvis_mega.data.readers.registry import SourceSpec, check_settings
 from ghostvis_mega.data.template import TEMPLATE_NAME, find_style
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import canonical_json
@@ -227,7 +227,7 @@ def load_recipe(path: Path) -> Recipe:
         raise DataError("\n".join(problems)) from error
     find_style(recipe.template)
     for number, source in enumerate(recipe.sources):
-        find_format(source.format)
+        check_settings(source)
         if source.tokenizer is not None:
             raise DataError(
                 f"{path}: `sources.{number}.tokenizer`: remove it, the recipe's tokenizer is used"

@@ -62,6 +62,13 @@ def prepare_output(path: Path) -> None:
         raise DataError(f"{path} cannot be written: {error.strerror} ({path.parent})") from error
 
 
+def check_free(path: Path, *, force: bool) -> None:
+    """Refuse to replace a file without `force`; else as `prepare_output`."""
+    prepare_output(path)
+    if path.exists() and not force:
+        raise DataError(f"{path} exists already: give another name, or --force to replace it")
+
+
 def write_output(path: Path, data: bytes) -> None:
     """`atomic_write` for a file that a user named; makes its directory.
 

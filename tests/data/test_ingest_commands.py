@@ -88,6 +88,42 @@ def test_wrong_names_are_one_sentence(
     assert not (tmp_path / "a.gvd").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["chat", "a.jsonl", "--images", "x"], "--images"),
+        (["text", "a.txt", "--prompt", "What?"], "--prompt"),
+        (["llava", "a.json", "--split", "test"], "--split"),
+        (["textvqa", "a.json", "--images", "x", "--annotations", "b"], "--annotations"),
+        (["easy-vqa", "a.json"], "the input path"),
+    ],
+)
+def test_options_without_a_use_are_refused(
+    arguments: list[str], named: str, tokenizer: Tokenizer, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    common = ["--tokenizer", tokenizer.path, "--out", tmp_path / "a.gvd"]
+    code, _, problem = _run(capsys, "ingest", *arguments, *common)
+    assert (code, problem.count("\n")) == (2, 1)
+    assert f"the format {arguments[0]} has no use for" in problem and named in problem
+    code, _, problem = _run(capsys, "train-tokenizer", "--from", *arguments, "--out", common[3])
+    assert code == 2 and named in problem
+
+
+def test_tokenizers_and_demo_inputs_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some words that are text")
+    (tmp_path / "tokenizer.model").write_text("mine")
+    train = ["train-tokenizer", "--from", "text", tmp_path / "a.txt", "--vocab", "300", "--out"]
+    for command in ([*train, tmp_path / "tokenizer.model"], ["demo-blend", "--out", tmp_path]):
+        code, _, problem = _run(capsys, *command)
+        assert code == 2 and "tokenizer.model exists already" in problem
+    assert (tmp_path / "tokenizer.model").read_text() == "mine"
+    assert _run(capsys, *train, tmp_path / "tokenizer.model", "--force")[0] == 0
+    assert (tmp_path / "tokenizer.model").read_bytes() != b"mine"
+
+
 def test_help_lists_every_format(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = _run(capsys, "ingest", "--help")
     assert code == 0

@@ -15,6 +15,7 @@ from ghostvis_mega.data.readers.registry import SourceSpec, source_text
 from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import check_free
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 
@@ -87,12 +88,14 @@ def demo_blend_command(
         Path | None, typer.Option(help="Folder of chatterbot's YAML; default: the package's.")
     ] = None,
     vocab: Annotated[int, typer.Option(help="Tokens wanted.")] = 1024,
+    force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
 ) -> None:
     """Write captions, conversations and a shared tokenizer for examples/recipes. No network.
 
     Example: python -m tools.preprocess demo-blend --out datasets/blend
     """
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("stamps.csv", "chat.jsonl", "tokenizer.model"):
+        check_free(out / name, force=force)
     captions = write_captions(stamps, out / "stamps.csv")
     conversations = write_chats(chats or find_chats(), out / "chat.jsonl")
     tokenizer = train_shared_tokenizer(out, stamps=stamps, vocab=vocab)

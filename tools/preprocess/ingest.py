@@ -9,7 +9,7 @@ import typer
 from ghostvis_mega.data.ingest import DryRun, Source, dry_run, ingest
 from ghostvis_mega.data.manifest import Manifest
 from ghostvis_mega.data.readers.meter import Meters
-from ghostvis_mega.data.readers.registry import FORMATS, SourceSpec, open_source
+from ghostvis_mega.data.readers.registry import FORMATS, SourceSpec, check_settings, open_source
 from ghostvis_mega.data.readers.vqa import CAPTION_PROMPT
 from ghostvis_mega.data.styles import STYLES
 from ghostvis_mega.data.template import TEMPLATE_NAME, load_tokenizer
@@ -69,6 +69,7 @@ def ingest_command(
         format=fmt, path=input_path, images=images, annotations=annotations, split=split,
         limit=limit, prompt=prompt, tokenizer=tokenizer,
     )  # fmt: skip
+    check_settings(spec)
     meters = Meters()
     sources = [open_source(spec, meters)]
     loaded = load_tokenizer(tokenizer, template=template)

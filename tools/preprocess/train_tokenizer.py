@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.data.readers.registry import SourceSpec, source_text
+from ghostvis_mega.data.readers.registry import SourceSpec, check_settings, source_text
 from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import train_tokenizer
+from ghostvis_mega.utils.files import check_free
 from tools.preprocess.options import Annotations, Json, print_json
 
 
@@ -20,6 +21,7 @@ def train_tokenizer_command(
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     annotations: Annotations = None,
     split: Annotated[str, typer.Option(help="Split of a packaged dataset (easy-vqa).")] = "train",
+    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a SentencePiece tokenizer on the text of a source.
@@ -29,6 +31,8 @@ def train_tokenizer_command(
     spec = SourceSpec(
         format=source, path=input_path, images=images, annotations=annotations, split=split
     )
+    check_settings(spec)
+    check_free(out, force=force)
     tokenizer = train_tokenizer(chain(source_text(spec), ROLES), vocab_size=vocab, path=out)
     if as_json:
         print_json(

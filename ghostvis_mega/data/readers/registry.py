@@ -137,6 +137,39 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
+_USED: dict[str, tuple[str, ...]] = {
+    "easy-vqa": ("split",),
+    "llava": ("path", "images"),
+    "coco-captions": ("path", "images", "prompt"),
+    "vqav2": ("path", "images", "annotations"),
+    "textvqa": ("path", "images"),
+    "chartqa": ("path", "images"),
+    "chat": ("path",),
+    "text": ("path",),
+    "csv": ("path", "images", "prompt"),
+    "webdataset": ("path", "prompt"),
+    "megatron": ("path",),
+}
+"""Settings that each format reads, of those that not all do."""
+
+
+def check_settings(spec: SourceSpec) -> None:
+    """Refuse a setting that the format does not read: whoever gives one expects something of it.
+
+    Raises:
+        DataError: naming the setting.
+    """
+    find_format(spec.format)
+    fields = SourceSpec.model_fields
+    for name in ("path", "images", "annotations", "split", "prompt"):
+        value = getattr(spec, name)
+        if name not in _USED[spec.format] and value != fields[name].default:
+            what = "the input path" if name == "path" else f"{name} (--{name})"
+            raise DataError(
+                f"the format {spec.format} has no use for {what}, here {str(value)!r}: leave it out"
+            )
+
+
 def open_source(spec: SourceSpec, meters: Meters | None = None) -> Source:
     """The input as a source for `ingest`; rows are read when they are asked for.
 
