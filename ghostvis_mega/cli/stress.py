@@ -129,7 +129,7 @@ def _start(job: Any, *, processes: int, device: str, timeout_s: float) -> list[d
         )
     except (RankError, RankHang) as failure:
         return _rows_of_a_failure(job, processes=processes, failure=failure)
-    return json.loads((job.folder / RESULT).read_text())
+    return [*_ending_rows(None, None), *json.loads((job.folder / RESULT).read_text())]
 
 
 def _rows_of_a_failure(
@@ -140,19 +140,35 @@ def _rows_of_a_failure(
 
     typer.echo(str(failure), err=True)
     paths = [job.folder / f"trace{rank}.jsonl" for rank in range(processes)]
-    records = [read_record(p, rank=rank) for rank, p in enumerate(paths) if p.is_file()]
+    found = {rank: read_record(p, rank=rank) for rank, p in enumerate(paths) if p.is_file()}
+    records = [record for record in found.values() if record is not None]
     difference = first_difference(records)
+    for rank in sorted(set(range(processes)) - {record.rank for record in records}):
+        typer.echo(f"rank {rank} left no calls: it ended before it could note any", err=True)
     for record in records:
         typer.echo(f"last calls of rank {record.rank}:", err=True)
         for call in record.calls[-_LAST_CALLS:]:
             typer.echo(f"  {call} in group {record.groups[call.group]}", err=True)
-    return [
-        {"name": "the job did not end well", "value": 1, "unit": "", "bar": 0, "ok": False},
-        {
-            "name": difference or "no difference between the ranks' calls was found",
-            "value": int(difference is not None),
-            "unit": "difference",
-            "bar": 0,
-            "ok": difference is None,
-        },
+    return _ending_rows(failure, difference)
+
+
+def _ending_rows(
+    failure: RankError | RankHang | None, difference: str | None
+) -> list[dict[str, Any]]:
+    """How the job ended, in the same rows for good and bad ends.
+
+    A job that ends without failure has no difference: every comparison that found one ends it.
+    """
+    hung = isinstance(failure, RankHang) or isinstance(failure, RankError) and failure.hung
+    found = {
+        "hangs": hung,
+        "other failures of ranks": failure is not None and not hung,
+        "differences between ranks' calls": difference is not None,
+    }
+    rows = [
+        {"name": name, "value": int(bad), "unit": "", "bar": 0, "ok": not bad}
+        for name, bad in found.items()
     ]
+    if difference is not None:
+        rows.append({"name": difference, "value": 1, "unit": "", "bar": 0, "ok": False})
+    return rows

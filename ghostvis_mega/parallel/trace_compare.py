@@ -154,14 +154,19 @@ def line_of(call: Call, group: GroupInfo) -> str:
     return json.dumps([group.label, group.ranks, *values, *parts]) + "\n"
 
 
-def read_record(path: Path, *, rank: int) -> Record:
+def read_record(path: Path, *, rank: int) -> Record | None:
     """What a rank has left in its file, however it ended: its calls since the last comparison.
 
-    Tallies count these alone, so only records after the same comparison fit together.
+    Tallies count these alone, so only records after the same comparison fit together. None where
+    the rank ended before its first line was whole: nobody knows which comparison it had come to.
     """
     calls: list[Call] = []
     groups: dict[str, GroupInfo] = {}
-    head, *lines = path.read_text().splitlines()
+    head, *lines = path.read_text().splitlines() or [""]
+    try:
+        comparisons = json.loads(head)["comparisons"]
+    except json.JSONDecodeError:
+        return None
     for line in lines:
         try:
             data = json.loads(line)
@@ -175,7 +180,7 @@ def read_record(path: Path, *, rank: int) -> Record:
         )
         groups[call.group] = GroupInfo(label, tuple(ranks))
         calls.append(call)
-    return _record_of(calls, groups, rank=rank, comparisons=json.loads(head)["comparisons"])
+    return _record_of(calls, groups, rank=rank, comparisons=comparisons)
 
 
 def _record_of(

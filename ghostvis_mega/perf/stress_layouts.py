@@ -60,8 +60,6 @@ class StressJob:
 
 def settings_of(layout: StressLayout, job: StressJob, *, steps: int, cuda: bool) -> RunConfig:
     """Settings of one layout; on GPUs sizes that their kernels take."""
-    # DeepSpeed sums BF16 gradients in fp32 from stage 2 on, and packs need BF16 kernels on GPUs.
-    half = cuda and layout.stage >= 2
     head, heads = (64, 4) if cuda else (8, 2)
     width = head * heads
     rare = max(1, min(500, steps // 2))
@@ -96,7 +94,7 @@ def settings_of(layout: StressLayout, job: StressJob, *, steps: int, cuda: bool)
                 "train": job.folder / "data" / "mixed.gvd",
                 "heldout": job.folder / "data" / "heldout.gvd",
                 "seq_length": SEQ_LENGTH,
-                "packing": half or not cuda,
+                "packing": True,
             },
             "batch": {"global_size": ROWS},
             "parallel": layout.parallel,
@@ -104,7 +102,8 @@ def settings_of(layout: StressLayout, job: StressJob, *, steps: int, cuda: bool)
             "train": {
                 "steps": steps,
                 "seed": job.seed,
-                "precision": "bf16" if half else "fp32",
+                # Kernels for packs compute in BF16 only on GPUs.
+                "precision": "bf16" if cuda else "fp32",
                 "timeout_s": job.step_timeout_s,
             },
             "checkpoint": {"save_every": rare, "save_at_end": False, "keep": 1},

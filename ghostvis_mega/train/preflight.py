@@ -90,7 +90,8 @@ def _gpu_problems(cfg: RunConfig, *, device: Device) -> list[str]:
     if cfg.train.precision == "fp32" and cfg.data.packing:
         problems.append(
             "train.precision=fp32 with data.packing=true on CUDA: the fused attention kernels for "
-            "packed sequences compute in BF16 only. Use train.precision=bf16 and ZeRO stage 2."
+            "packed sequences compute in BF16 only. Use train.precision=bf16, with ZeRO stage 1, 2 "
+            "or 3."
         )
     return problems
 

@@ -45,8 +45,10 @@ _LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(__file__).resolve()), "<fro
 class RankError(RuntimeError):
     """A rank ended with an error; the message holds the end of its output."""
 
-    def __init__(self, message: str, *, code: int):
+    def __init__(self, message: str, *, code: int, hung: bool = False):
         self.code = code
+        self.hung = hung
+        """Whether a rank's own watchdog ended it."""
         super().__init__(message)
 
 
@@ -205,6 +207,7 @@ def _wait(name: str, processes: list[subprocess.Popen], folder: Path, timeout_s:
         raise RankError(
             "\n".join(_describe_failure(name, processes, rank, folder) for rank in failed),
             code=max(processes[failed[0]].returncode, 1),
+            hung=any(processes[rank].returncode == EXIT_HANG for rank in failed),
         )
 
 

@@ -17,6 +17,7 @@ from ghostvis_mega.parallel.trace_compare import (
     Record,
     Tally,
     first_difference,
+    head_line,
     read_record,
 )
 from tests.launch import launch
@@ -134,10 +135,16 @@ def test_what_differs_is_named(seen: dict[str, Any], name: str, told: str) -> No
     assert re.search(told, seen[name]), seen[name]
 
 
+def read_whole_record(path: Path, *, rank: int) -> Record:
+    record = read_record(path, rank=rank)
+    assert record is not None
+    return record
+
+
 @pytest.mark.parametrize("name", ["skip", "bucket", "swap", "swap_in_group", "splits", "message"])
 def test_the_files_of_a_dead_job_say_the_same(seen: dict[str, Any], name: str) -> None:
     files = [Path(seen["folder"]) / f"{name}{rank}.jsonl" for rank in range(4)]
-    records = [read_record(path, rank=rank) for rank, path in enumerate(files)]
+    records = [read_whole_record(path, rank=rank) for rank, path in enumerate(files)]
     assert first_difference(records) == seen[name]
     # One rank alone has nobody to differ from.
     assert first_difference(records[:1]) is None
@@ -149,7 +156,16 @@ def test_a_line_cut_by_a_kill_is_left_out(seen: dict[str, Any], tmp_path: Path) 
     assert whole == 1 + 3
     cut = tmp_path / "cut.jsonl"
     cut.write_text(text[:-20])
-    assert len(read_record(cut, rank=0).calls) == 3 - 1
+    assert len(read_whole_record(cut, rank=0).calls) == 3 - 1
+
+
+def test_a_file_without_its_first_line_is_no_record(tmp_path: Path) -> None:
+    path, line = tmp_path / "trace0.jsonl", head_line(12)
+    for length in range(len(line) - 1):
+        path.write_text(line[:length])
+        assert read_record(path, rank=0) is None, line[:length]
+    path.write_text(line)
+    assert read_whole_record(path, rank=0).comparisons == 12
 
 
 def make_record(rank: int, texts: list[str], *, start: int = 1) -> Record:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from ghostvis_mega.cli.stress import _rows_of_a_failure
 from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.parallel.trace_compare import head_line
 from ghostvis_mega.perf.stress import spoiling_ranks
 from ghostvis_mega.perf.stress_data import CROWD, KINDS, SEQ_LENGTH, write_datasets
 from ghostvis_mega.perf.stress_layouts import (
@@ -23,6 +25,7 @@ from ghostvis_mega.perf.stress_layouts import (
     split_steps,
     write_deepspeed_files,
 )
+from ghostvis_mega.utils.launch import RankError, RankHang
 from tests.launch import ROOT
 
 pytestmark = pytest.mark.world_size(4)
@@ -40,6 +43,17 @@ def run_command(*options: str, timeout_s: float) -> tuple[int, list[dict[str, An
     return done.returncode, json.loads(done.stdout or "[]"), done.stderr
 
 
+def endings(rows: list[dict[str, Any]]) -> list[int]:
+    """Hangs, other failures and differences, which good and bad ends tell in the same rows."""
+    found = {row["name"]: row for row in rows}
+    named = [
+        found[name]
+        for name in ("hangs", "other failures of ranks", "differences between ranks' calls")
+    ]
+    assert all(row["ok"] == (row["value"] == 0) for row in named)
+    return [row["value"] for row in named]
+
+
 @pytest.mark.timeout(420)
 def test_five_hundred_hard_steps() -> None:
     code, rows, errors = run_command("--steps", "500", timeout_s=400)
@@ -47,6 +61,7 @@ def test_five_hundred_hard_steps() -> None:
     assert code == 0, f"{rows}\n{errors[-3000:]}"
     assert values["steps"] == 500
     assert values["comparisons"] >= 50
+    assert endings(rows) == [0, 0, 0]
     timed = {name.removesuffix(": time") for name in values if name.endswith(": time")}
     assert timed == {layout.name for layout in LAYOUTS}
 
@@ -60,8 +75,9 @@ def test_a_rank_with_other_buckets_is_named() -> None:
     assert re.search(
         r"Group data \[0, 1, 2, 3\], call \d+: ranks 0, 2, 3 made all_reduce of \d+ float32 .*; "
         r"rank 1 made all_reduce of 256 float32",
-        rows[1]["name"],
+        rows[-1]["name"],
     )
+    assert endings(rows) == [0, 1, 1]
 
 
 @pytest.mark.slow
@@ -76,8 +92,32 @@ def test_a_rank_that_leaves_the_others_waiting_is_named(fault: str, told: str) -
     options = ["--steps", "8", "--layouts", "zero2", "--fault", fault, "--step-timeout-s", "15"]
     code, rows, errors = run_command(*options, timeout_s=200)
     assert code == 1
-    assert re.search(told, rows[1]["name"]), rows
+    assert re.search(told, rows[-1]["name"]), rows
     assert "hangs in step 4" in errors
+    assert endings(rows) == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (RankHang("time is up"), [1, 0, 0]),
+        (RankError("watchdog", code=1, hung=True), [1, 0, 0]),
+        (RankError("killed", code=1), [0, 1, 0]),
+    ],
+)
+def test_a_rank_that_was_killed_before_its_first_line_left_nothing(
+    failure: RankError | RankHang,
+    expected: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "trace0.jsonl").write_text(head_line(3))
+    (tmp_path / "trace1.jsonl").write_text("")
+    (tmp_path / "trace2.jsonl").write_text(head_line(3)[:7])
+    rows = _rows_of_a_failure(SimpleNamespace(folder=tmp_path), processes=4, failure=failure)
+    assert endings(rows) == expected
+    told = capsys.readouterr().err
+    assert [rank for rank in range(4) if f"rank {rank} left no calls" in told] == [1, 2, 3]
 
 
 def test_wrong_layouts_are_refused_at_once() -> None:
@@ -102,6 +142,8 @@ def test_settings_break_no_rule(layout: StressLayout, device: Any, tmp_path: Pat
     run = settings_of(layout, job, steps=100, cuda=device == "cuda")
     assert rules.find_problems(run, world_size=4, device=device) == []
     assert deepspeed.find_problems(run, world_size=4) == []
+    assert run.data.packing
+    assert run.train.precision == ("bf16" if device == "cuda" else "fp32")
 
 
 def test_only_losses_that_matter_are_spoiled() -> None:
