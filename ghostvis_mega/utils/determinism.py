@@ -19,8 +19,8 @@ VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Transformer Engine: attention backward without atomic adds.
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    # NCCL: NVLink SHARP adds in the switch, in an order of its own.
-    "NCCL_ALGO": "^NVLS",
+    # NCCL: switches (NVLink SHARP, CollNet) add in an order of their own.
+    "NCCL_ALGO": "^NVLS,NVLSTree,CollNetDirect,CollNetChain",
     # MKL: the same code path whatever the alignment of the data.
     "MKL_CBWR": "AUTO,STRICT",
 }
@@ -30,6 +30,10 @@ _ALLOWED = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
 }
+
+_IN_THE_SWITCH = {"nvls", "nvlstree", "collnetdirect", "collnetchain"}
+_ON_THE_GPUS = {"ring", "tree", "pat"}
+"""NCCL's algorithms by where they add; NCCL ignores case."""
 
 
 def environment_problems(environment: Mapping[str, str]) -> list[str]:
@@ -42,13 +46,26 @@ def environment_problems(environment: Mapping[str, str]) -> list[str]:
                 f"train.deterministic=true, but the environment has {name}={value}. Unset it, or "
                 f"use {' or '.join(allowed)}."
             )
-    algorithms = environment.get("NCCL_ALGO", "")
-    if "NVLS" in algorithms.upper() and not algorithms.startswith("^"):
+    algorithms = environment.get("NCCL_ALGO")
+    if algorithms is not None and not _adds_on_the_gpus(algorithms):
         problems.append(
-            f"train.deterministic=true, but the environment has NCCL_ALGO={algorithms}: NVLink "
-            "SHARP adds in an order of its own. Unset it, or use Ring or Tree."
+            f"train.deterministic=true, but the environment has NCCL_ALGO={algorithms}, which does "
+            "not rule out sums inside switches, in an order of their own. Unset it, or use "
+            f"Ring, Tree or {VARIABLES['NCCL_ALGO']}."
         )
     return problems
+
+
+def _adds_on_the_gpus(algorithms: str) -> bool:
+    """Whether a value of NCCL_ALGO certainly leaves no algorithm that adds in a switch.
+
+    Unknown names do not count, nor do lists for single functions (`allreduce:Ring`): they leave the
+    other functions free.
+    """
+    names = set(algorithms.lower().removeprefix("^").split(","))
+    if algorithms.startswith("^"):
+        return _IN_THE_SWITCH <= names <= _IN_THE_SWITCH | _ON_THE_GPUS
+    return names <= _ON_THE_GPUS
 
 
 def make_deterministic() -> None:

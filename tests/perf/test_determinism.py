@@ -81,14 +81,37 @@ def test_the_cost_is_told() -> None:
     [
         ({"CUBLAS_WORKSPACE_CONFIG": ":0:0"}, "CUBLAS_WORKSPACE_CONFIG=:0:0"),
         ({"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}, "NVTE_ALLOW_NONDETERMINISTIC_ALGO=1"),
-        ({"NCCL_ALGO": "NVLS,Ring"}, "NCCL_ALGO=NVLS,Ring"),
+        *(
+            ({"NCCL_ALGO": value}, f"NCCL_ALGO={value}")
+            for value in (
+                "NVLS,Ring",
+                "^Ring",
+                "^Tree",
+                "^NVLS",
+                "^nvls,NVLSTree,CollNetDirect",
+                "^NVLS,NVLSTree,CollNetDirect,CollNetChain,Other",
+                "CollnetDirect",
+                "allreduce:Ring",
+                "Ring;allreduce:NVLS",
+                "Rings",
+                "^",
+                "",
+            )
+        ),
     ],
 )
 def test_an_environment_that_contradicts_is_refused(environment: dict[str, str], word: str) -> None:
     (problem,) = environment_problems(environment)
     assert word in problem
     assert environment_problems(VARIABLES) == environment_problems({}) == []
-    assert environment_problems({"NCCL_ALGO": "Ring"}) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["Ring", "tree", "Tree,Ring,PAT", "^nvls,nvlstree,collnetdirect,CollnetChain,Tree"],
+)
+def test_algorithms_that_rule_out_sums_in_switches_are_allowed(value: str) -> None:
+    assert environment_problems({"NCCL_ALGO": value}) == []
 
 
 @pytest.mark.slow
