@@ -32,7 +32,9 @@ def simulate_dispatch(
     ranks: Annotated[str, typer.Option(help="World sizes, comma between.")] = "8,64,512,4096",
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 4,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 2,
-    context: Annotated[int, typer.Option(min=1, help="Context-parallel degree.")] = 1,
+    context: Annotated[
+        int, typer.Option(min=1, help="Context-parallel degree; bytes are then an estimate.")
+    ] = 1,
     seq_length: Annotated[int, typer.Option(min=1, help="Positions of a pack.")] = 4096,
     tokens_per_image: Annotated[int, typer.Option(min=1, help="Positions of a picture.")] = 64,
     hidden: Annotated[int, typer.Option(min=1, help="Width of an embedding.")] = 3584,
@@ -41,7 +43,11 @@ def simulate_dispatch(
         int | None, typer.Option(min=1, help="Packs of a step, whatever the world.")
     ] = None,
     native: Annotated[
-        bool, typer.Option("--native", help="Pictures in their own resolution, patches of 14.")
+        bool,
+        typer.Option(
+            "--native",
+            help="Pictures in their own resolution, patches of 14; training has one size.",
+        ),
     ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 20,
     seed: Annotated[int, typer.Option(help="Of lengths, plan and order.")] = 0,

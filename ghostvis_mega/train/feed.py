@@ -125,6 +125,7 @@ class Feed:
             [image for micro in replica for row in micro for image in row.image_ids]
             for replica in batch.replicas
         ]
+        # All pictures are resized to the tower's size and cost the same: no `patches`.
         dispatch = dispatch_images(wanted, self.groups.places)
         own = dispatch.encode[self.groups.rank]
         seeds = None

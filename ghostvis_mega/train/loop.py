@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ghostvis_mega.data.batch import GlobalBatch
-from ghostvis_mega.engine.step import StepResult, TrainEngine
+from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
 from ghostvis_mega.model.flops import batch_flops
-from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.volume import dispatch_figures
 from ghostvis_mega.train.damage import agree_on_damage
 from ghostvis_mega.train.feed import Feed
@@ -65,9 +64,7 @@ class Loop:
             # Reading the timer waits for the optimizer's last kernel, so the step's end follows it.
             timing = {"data": fetched - began} | self.engine.timer.read()
             ended = time.perf_counter()
-            metrics = self.measure(
-                step, batch, result, timing, dispatch=work.dispatch, seconds=ended - began
-            )
+            metrics = self.measure(step, batch, result, timing, work=work, seconds=ended - began)
             self.observers.on_step(metrics)
             done = step + 1
             skipped = skipped + 1 if result.skipped else 0
@@ -106,7 +103,7 @@ class Loop:
         result: StepResult,
         timing: dict[str, float],
         *,
-        dispatch: ImageDispatch,
+        work: StepInput,
         seconds: float,
     ) -> StepMetrics:
         """The numbers of one step of the whole job."""
@@ -115,7 +112,7 @@ class Loop:
             run.model,
             segments=[n for row in batch.sequences for n in self.feed.lengths(row)],
             head_rows=batch.trained_tokens,
-            num_images=dispatch.num_images,
+            num_images=work.dispatch.num_images,
             trained=run.trained_modules,
         )
         return StepMetrics(
@@ -129,11 +126,13 @@ class Loop:
             },
             tokens=batch.num_tokens,
             trained_tokens=batch.trained_tokens,
-            images=dispatch.num_images,
+            images=work.dispatch.num_images,
             samples=batch.num_samples,
             seconds=seconds,
             timing=timing,
             flops_llm=flops.llm.total,
             flops_vision=flops.vision.total,
-            dispatch=dispatch_figures(dispatch, run, self.engine.groups.places),
+            dispatch=dispatch_figures(
+                work.dispatch, run, self.engine.groups.places, rows=work.image_rows
+            ),
         )
