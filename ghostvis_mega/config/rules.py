@@ -11,7 +11,7 @@ from ghostvis_mega.config.rules_data import blend_problems
 from ghostvis_mega.config.rules_layout import context_problems
 from ghostvis_mega.config.rules_model import choices, data_fit_problems, divisors, model_problems
 from ghostvis_mega.config.rules_pipeline import pipeline_problems
-from ghostvis_mega.config.rules_precision import fp8_problems
+from ghostvis_mega.config.rules_precision import fp8_notes, fp8_problems
 from ghostvis_mega.config.schema import RunConfig
 
 Device = Literal["cpu", "cuda"]
@@ -248,4 +248,4 @@ def find_notes(cfg: RunConfig, *, world_size: int, stages: dict[str, int]) -> li
         )
     if cfg.optim.clip_norm == 0:
         notes.append("optim.clip_norm=0: gradients are not clipped.")
-    return notes
+    return [*notes, *fp8_notes(cfg)]

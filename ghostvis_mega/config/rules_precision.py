@@ -8,6 +8,25 @@ _MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 """Tokens and widths of a matrix that a recipe can quantise (`blockwise`: whole blocks of 128)."""
 
 
+def fp8_notes(cfg: RunConfig) -> Iterator[str]:
+    """Where FP8's scales let the samples of a pack feel each other, as `ghostvis leak` measures."""
+    if not cfg.data.packing:
+        return
+    if cfg.train.fp8 == "tensorwise":
+        yield (
+            "train.fp8=tensorwise with data.packing=true: one scale for a whole tensor lets the "
+            "samples of a pack change each other's values; use train.fp8=delayed if they must not."
+        )
+    # A rank holds one part in `context` of each sample.
+    block = _MULTIPLE["blockwise"] * cfg.parallel.context
+    if cfg.train.fp8 == "blockwise" and cfg.segment_align % block:
+        yield (
+            "train.fp8=blockwise with data.packing=true: in the gradients of weights samples that "
+            f"meet inside {_MULTIPLE['blockwise']} tokens share scales; use data.segment_align="
+            f"{block} or train.fp8=delayed if they must not."
+        )
+
+
 def fp8_problems(cfg: RunConfig, *, device: str) -> Iterator[str]:
     """Broken rules of `train.fp8`, one sentence each.
 

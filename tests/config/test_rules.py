@@ -309,3 +309,6 @@ def test_notes_speak_of_what_surprises(make_run):
     notes = find_notes(run, world_size=4, stages={"llm": 2})
     assert [n.split(" ")[0] for n in notes] == ["ZeRO-2", "The", "optim.clip_norm=0:"]
     assert find_notes(make_run(), world_size=4, stages={"llm": 1}) == []
+    run = make_run("train.precision=bf16", "train.fp8=tensorwise")
+    (note,) = find_notes(run, world_size=1, stages={"llm": 1})
+    assert note.startswith("train.fp8=tensorwise with data.packing=true")
