@@ -10,6 +10,7 @@ from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.certify import CERTIFY_HELP, certify
 from ghostvis_mega.cli.check import CHECK_HELP, check
 from ghostvis_mega.cli.convert import convert_app
+from ghostvis_mega.cli.drill import drill_app
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
 from ghostvis_mega.cli.leak import LEAK_HELP, leak
 from ghostvis_mega.cli.simulate_dispatch import SIMULATE_DISPATCH_HELP, simulate_dispatch
@@ -43,6 +44,7 @@ simulate_app = typer.Typer(
 )
 simulate_app.command("dispatch", help=SIMULATE_DISPATCH_HELP)(simulate_dispatch)
 app.add_typer(simulate_app, name="simulate")
+app.add_typer(drill_app, name="drill")
 
 
 def main() -> None:
