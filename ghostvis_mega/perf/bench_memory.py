@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,10 @@ def measure_memory(
     """Rows of name, value, unit, bar and ok for each mode, one after the other; collective.
 
     Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
-    it (one to two GiB) is not in them. Time is that of the fastest step after the first. On one
-    GPU a mode that does not fit is a row like others. DeepSpeed's stage 3 keeps some of its
+    it (one to two GiB) is not in them. Forward and backward (activations, gradients, reductions)
+    and the optimizer step have peaks of their own, since the larger hides what a mode saves in the
+    other. Time is that of the fastest step after the first. On one GPU a mode that does not fit is
+    a row like others. DeepSpeed's stage 3 keeps some of its
     memory, so it comes last.
 
     Args:
@@ -55,7 +58,6 @@ def measure_memory(
         destroy_groups()
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
         left = torch.cuda.memory_allocated(device) / GIB
         if left > _CLEAN_GIB:
             rows.append(
@@ -89,6 +91,7 @@ def _run(
     feed = Feed(run, groups, Dataset.open(run.data.train))
     engine = TrainEngine(run, groups, device=device)
     held = torch.cuda.memory_allocated(device)
+    peaks = {"forward and backward": 0, "optimizer step": 0}
     seconds, loss = [], float("nan")
     try:
         for step in range(steps):
@@ -96,20 +99,30 @@ def _run(
             _, work = feed.get(step)
             torch.cuda.synchronize(device)
             started = time.monotonic()
-            loss = engine.step(work, step=step).loss
-            torch.cuda.synchronize(device)
+            with _peak(peaks, "forward and backward", device):
+                loss_sum = engine.accumulate(work)
+            with _peak(peaks, "optimizer step", device):
+                loss = engine.update(loss_sum, work, step=step).loss
             seconds.append(time.monotonic() - started)
-        peak = torch.cuda.max_memory_allocated(device)
     finally:
         # Also when memory is out: the next mode needs it.
         feed.close()
         engine.close()
-    totals = torch.tensor([held, peak], dtype=torch.float64, device=device)
+    totals = torch.tensor([held, *peaks.values()], dtype=torch.float64, device=device)
     dist.all_reduce(totals, op=dist.ReduceOp.MAX)
-    held, peak = totals.tolist()
+    held, *highest = (total / GIB for total in totals.tolist())
     return [
-        ("model and optimizer before the first step", held / GIB, "GiB"),
-        ("peak", peak / GIB, "GiB"),
+        ("model and optimizer before the first step", held, "GiB"),
+        *((f"peak of {part}", peak, "GiB") for part, peak in zip(peaks, highest, strict=True)),
         ("fastest step", min(seconds[1:]), "s"),
         ("loss of the last step", loss, "nats"),
     ]
+
+
+@contextmanager
+def _peak(peaks: dict[str, int], part: str, device: torch.device) -> Iterator[None]:
+    """Raises `peaks[part]` to the most bytes allocated inside."""
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    torch.cuda.synchronize(device)
+    peaks[part] = max(peaks[part], torch.cuda.max_memory_allocated(device))
