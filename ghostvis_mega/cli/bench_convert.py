@@ -2,12 +2,13 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
 from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.figures import Figure
 from ghostvis_mega.utils.logging import setup_logging
 
 BENCH_CONVERT_HELP = """Convert random weights of true shapes there and back: bits, memory, time.
@@ -35,7 +36,7 @@ def bench_convert(
     setup_logging(rank=0)
     from ghostvis_mega.convert.bench import MODELS, bench_model
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Figure] = []
     try:
         for name in model or MODELS:
             with tempfile.TemporaryDirectory(prefix="ghostvis-bench-", dir=folder) as place:
@@ -45,6 +46,4 @@ def bench_convert(
     except GhostVisError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None
-    print_rows(rows, title="conversion", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title="conversion", as_json=as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -51,6 +51,4 @@ def bench_data(
     except GhostVisError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None
-    print_rows(rows, title="data path", as_json=as_json)
-    if not all(row["ok"] for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title="data path", as_json=as_json)

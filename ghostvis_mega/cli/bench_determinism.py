@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
@@ -78,9 +78,7 @@ def bench_determinism(
                 on_gpu=run.train.device != "cpu" and has_cuda_device(),
             )
         rows = _rows(Path(folder))
-    print_rows(rows, title=f"{steps} steps of {config}", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title=f"{steps} steps of {config}", as_json=as_json)
 
 
 def _launch(

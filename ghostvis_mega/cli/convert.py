@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude, print_rows
 from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.figures import at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
 
 CONVERT_HELP = "Weights from and to Hugging Face, without a GPU or a process group."
@@ -205,20 +206,19 @@ def quantize(
     except GhostVisError as error:
         raise refuse(error) from None
     rows = [
-        _row("size before", done.bytes_before / 1e9, "GB"),
-        _row("size after", done.bytes_after / 1e9, "GB"),
-        _row("layers quantised", len(done.layers), "layers"),
+        measured("size before", done.bytes_before / 1e9, "GB"),
+        measured("size after", done.bytes_after / 1e9, "GB"),
+        measured("layers quantised", len(done.layers), "layers"),
     ]
     if moved is not None:
-        rows.append(_row("logits KL", moved.kl, "nats") | {"bar": bar, "ok": moved.kl <= bar})
-        rows.append(_row("same best token", moved.same_best, f"of {moved.positions} positions"))
+        rows.append(at_most("logits KL", moved.kl, "nats", bar))
+        rows.append(measured("same best token", moved.same_best, f"of {moved.positions} positions"))
     noisy = sorted(done.layers, key=lambda layer: layer.signal_to_noise_db)
     rows += [
-        _row(layer.name, layer.signal_to_noise_db, "dB signal to noise") for layer in noisy[:top]
+        measured(layer.name, layer.signal_to_noise_db, "dB signal to noise")
+        for layer in noisy[:top]
     ]
-    print_rows(rows, title=f"{scheme} {out}", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title=f"{scheme} {out}", as_json=as_json)
 
 
 @convert_app.command("verify", help=VERIFY_HELP)
@@ -235,22 +235,20 @@ def verify(
     try:
         if other is None:
             problems = damage(one)
-            rows = [_row("damaged files", len(problems), "files", bar=0)]
+            rows = [at_most("damaged files", len(problems), "files", 0)]
         else:
             result = compare(one, other, parts=tuple(part or ()))
             problems = [f"{d.name}: {d.what}" for d in result.differences]
             rows = [
-                _row("tensors in both", result.tensors, "tensors"),
-                _row("size", round(result.num_bytes / 1e9, 3), "GB"),
-                _row("different tensors", len(problems), "tensors", bar=0),
+                measured("tensors in both", result.tensors, "tensors"),
+                measured("size", round(result.num_bytes / 1e9, 3), "GB"),
+                at_most("different tensors", len(problems), "tensors", 0),
             ]
     except GhostVisError as error:
         raise refuse(error) from None
     for problem in problems[:20]:
         typer.echo(problem, err=True)
-    print_rows(rows, title=f"verify {one}", as_json=as_json)
-    if problems:
-        raise typer.Exit(1)
+    conclude(rows, title=f"verify {one}", as_json=as_json)
 
 
 @convert_app.command("diff", help=DIFF_HELP)
@@ -271,22 +269,12 @@ def diff(
         raise refuse(error) from None
     found = sorted(result.differences, key=lambda d: (d.what == "values", -d.relative))
     rows = [
-        _row(d.name, d.relative if d.elements else d.what, _detail(d) if d.elements else "")
+        measured(d.name, d.relative if d.elements else d.what, _detail(d) if d.elements else "")
         for d in found[:top]
     ]
-    rows.append(_row("different tensors", len(found), f"of {result.tensors}"))
+    rows.append(measured("different tensors", len(found), f"of {result.tensors}"))
     print_rows(rows, title="relative difference", as_json=as_json)
 
 
 def _detail(difference: Any) -> str:
     return f"relative; {difference.elements} elements, at most {difference.largest:.3g}"
-
-
-def _row(name: str, value: object, unit: str, *, bar: float | None = None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "bar": bar,
-        "ok": None if bar is None else value == bar,
-    }

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
@@ -68,6 +68,4 @@ def gradients(
             runs, truth, device=world.device, bar=bar, progress=world.watchdog.alive
         )
     if rank == 0:
-        print_rows(rows, title=f"gradients against {truth}", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+        conclude(rows, title=f"gradients against {truth}", as_json=as_json)

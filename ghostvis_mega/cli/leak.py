@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import print_rows
+from ghostvis_mega.cli.output import conclude
 from ghostvis_mega.utils.logging import setup_logging
 
 LEAK_HELP = """Change one packed sample; print what moves in the others. It must be exactly nothing.
@@ -53,6 +53,4 @@ def leak(
                 rows += measure_leak(
                     run, world.groups, device=device, bar=0.0, lengths=ALIGNED, progress=tell
                 )
-    print_rows(rows, title="packing leak", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title="packing leak", as_json=as_json)

@@ -1,16 +1,18 @@
 """What commands share: exit codes and tables."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ghostvis_mega.utils.figures import Figure, any_missed
+
 EXIT_WRONG_SETTINGS = 2
 
 
-def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None:
+def print_rows(rows: Sequence[Figure], *, title: str, as_json: bool) -> None:
     """Print rows of name, value, unit, bar and ok as a table or as one JSON list."""
     if as_json:
         typer.echo(json.dumps(rows))
@@ -27,3 +29,13 @@ def print_rows(rows: list[dict[str, Any]], *, title: str, as_json: bool) -> None
         bar = "" if row["bar"] is None else f"{row['bar']:g}"
         table.add_row(row["name"], value, row["unit"], bar, verdict)
     Console().print(table)
+
+
+def conclude(
+    rows: Sequence[Figure], *, title: str, as_json: bool = False, show: bool = True
+) -> None:
+    """Print rows, and end with 1 if one of them misses its bar; all ranks but one do not `show`."""
+    if show:
+        print_rows(rows, title=title, as_json=as_json)
+    if any_missed(rows):
+        raise typer.Exit(1)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -88,6 +88,4 @@ def simulate_dispatch(
         typer.echo(str(error), err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None
     title = f"picture dispatch of {data or mix}, tensor {tensor} x pipeline {pipeline}"
-    print_rows(rows, title=f"{title} x context {context}", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title=f"{title} x context {context}", as_json=as_json)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ghostvis_mega.cli.check import DeviceName
-from ghostvis_mega.cli.output import print_rows
+from ghostvis_mega.cli.output import conclude
+from ghostvis_mega.utils.figures import Figure, at_most
 from ghostvis_mega.utils.launch import RankError, RankHang, run_ranks
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -79,9 +80,7 @@ def stress(
             _be_a_rank(job, device=device.value)
             return
         rows = _start(job, processes=processes, device=device.value, timeout_s=timeout_s)
-    print_rows(rows, title=f"{steps} hard steps on {processes} ranks", as_json=as_json)
-    if not all(row["ok"] in (True, None) for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title=f"{steps} hard steps on {processes} ranks", as_json=as_json)
 
 
 def _be_a_rank(job: Any, *, device: str) -> None:
@@ -108,7 +107,7 @@ def _be_a_rank(job: Any, *, device: str) -> None:
             (job.folder / RESULT).write_text(json.dumps(rows))
 
 
-def _start(job: Any, *, processes: int, device: str, timeout_s: float) -> list[dict[str, Any]]:
+def _start(job: Any, *, processes: int, device: str, timeout_s: float) -> list[Figure]:
     """Write the data, run this command on all ranks, and say what became of them."""
     from ghostvis_mega.perf.stress_data import write_datasets
     from ghostvis_mega.perf.stress_layouts import write_deepspeed_files
@@ -132,9 +131,7 @@ def _start(job: Any, *, processes: int, device: str, timeout_s: float) -> list[d
     return [*_ending_rows(None, None), *json.loads((job.folder / RESULT).read_text())]
 
 
-def _rows_of_a_failure(
-    job: Any, *, processes: int, failure: RankError | RankHang
-) -> list[dict[str, Any]]:
+def _rows_of_a_failure(job: Any, *, processes: int, failure: RankError | RankHang) -> list[Figure]:
     """What the ranks have left behind says who differs, whether they hang, fail or are killed."""
     from ghostvis_mega.parallel.trace_compare import first_difference, read_record
 
@@ -152,9 +149,7 @@ def _rows_of_a_failure(
     return _ending_rows(failure, difference)
 
 
-def _ending_rows(
-    failure: RankError | RankHang | None, difference: str | None
-) -> list[dict[str, Any]]:
+def _ending_rows(failure: RankError | RankHang | None, difference: str | None) -> list[Figure]:
     """How the job ended, in the same rows for good and bad ends.
 
     A job that ends without failure has no difference: every comparison that found one ends it.
@@ -165,10 +160,7 @@ def _ending_rows(
         "other failures of ranks": failure is not None and not hung,
         "differences between ranks' calls": difference is not None,
     }
-    rows = [
-        {"name": name, "value": int(bad), "unit": "", "bar": 0, "ok": not bad}
-        for name, bad in found.items()
-    ]
+    rows = [at_most(name, int(bad), "", 0) for name, bad in found.items()]
     if difference is not None:
-        rows.append({"name": difference, "value": 1, "unit": "", "bar": 0, "ok": False})
+        rows.append(at_most(difference, 1, "", 0))
     return rows

@@ -23,6 +23,7 @@ from ghostvis_mega.convert.output import SHARD_BYTES, check_space, hf_shards, wr
 from ghostvis_mega.convert.table import LAYOUTS
 from ghostvis_mega.convert.tensor_file import Buffer, TensorFileWriter, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
 
 IMAGE_TOKEN = 151_655
 SHARE_OF_COPY = 0.8
@@ -58,9 +59,7 @@ class Timed:
     """Greatest resident memory, the interpreter and torch included."""
 
 
-def bench_model(
-    name: str, folder: Path, *, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def bench_model(name: str, folder: Path, *, progress: Callable[[str], None]) -> list[Figure]:
     """Rows about one model; `folder` needs room for two copies of it, and is left empty.
 
     Raises:
@@ -93,35 +92,18 @@ def bench_model(
     gigabytes = size / 1e9
     speed = gigabytes / min(run.seconds for run in copy)
     rows = [
-        _row(f"{name}: size", gigabytes, "GB"),
-        _row(f"{name}: tensors", len(digests), "tensors"),
-        _row(f"{name}: different after the way there and back", len(different), "tensors", most=0),
-        _row(f"{name}: plain copy", speed, "GB/s"),
+        measured(f"{name}: size", gigabytes, "GB"),
+        measured(f"{name}: tensors", len(digests), "tensors"),
+        at_most(f"{name}: different after the way there and back", len(different), "tensors", 0),
+        measured(f"{name}: plain copy", speed, "GB/s"),
     ]
     for what, runs in (("import", there), ("export", back)):
         own = gigabytes / min(run.seconds for run in runs)
         memory = max(run.memory_gb for run in runs)
-        rows.append(_row(f"{name}: {what}", own, "GB/s"))
-        rows.append(_row(f"{name}: {what} / copy", own / speed, "share", least=SHARE_OF_COPY))
-        rows.append(_row(f"{name}: {what}, memory", memory, "GB", most=LARGEST_MEMORY_GB))
+        rows.append(measured(f"{name}: {what}", own, "GB/s"))
+        rows.append(at_least(f"{name}: {what} / copy", own / speed, "share", SHARE_OF_COPY))
+        rows.append(at_most(f"{name}: {what}, memory", memory, "GB", LARGEST_MEMORY_GB))
     return rows
-
-
-def _row(
-    name: str, value: float, unit: str, *, least: float | None = None, most: float | None = None
-) -> dict[str, Any]:
-    ok = None
-    if least is not None:
-        ok = value >= least
-    elif most is not None:
-        ok = value <= most
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "bar": least if least is not None else most,
-        "ok": ok,
-    }
 
 
 def make_random(folder: Path, parts: Parts) -> tuple[dict[str, str], int]:

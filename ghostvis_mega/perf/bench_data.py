@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,6 +39,7 @@ from ghostvis_mega.perf.bench_plan import (
 )
 from ghostvis_mega.perf.synthetic_data import mixed_text_lengths, write_synthetic
 from ghostvis_mega.utils.errors import GhostVisError
+from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,8 @@ _WHAT = f"JPEG {WIDTH}x{HEIGHT} to uint8 {SIDE}"
 # By CPU time: of two cores that do nothing else. Wall time beside shows what threads cost.
 _PER_CPU = f"{_WHAT}, {THREADS} cores by CPU time"
 
-Row5 = dict[str, Any]
 
-
-def measure_data(folder: Path | None = None, *, energon: Energon | None = None) -> list[Row5]:
+def measure_data(folder: Path | None = None, *, energon: Energon | None = None) -> list[Figure]:
     """All rows of name, value, unit, bar and ok; about two minutes on two cores.
 
     Args:
@@ -64,7 +63,7 @@ def measure_data(folder: Path | None = None, *, energon: Energon | None = None) 
         energon: to show its figures beside ours; what cannot be measured has no value and is not
             ok.
     """
-    rows: list[Row5] = []
+    rows: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         pictures = [photo(number) for number in range(64)]
@@ -79,26 +78,6 @@ def measure_data(folder: Path | None = None, *, energon: Energon | None = None) 
     return rows
 
 
-def at_least(name: str, value: float, unit: str, bar: float) -> Row5:
-    """A row that is fine from `bar` on."""
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": value >= bar}
-
-
-def at_most(name: str, value: float, unit: str, bar: float) -> Row5:
-    """A row that is fine up to `bar`."""
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": value <= bar}
-
-
-def beside(name: str, value: float, unit: str) -> Row5:
-    """A row that is shown for comparison only."""
-    return {"name": name, "value": value, "unit": unit, "bar": None, "ok": True}
-
-
-def unmeasured(name: str, unit: str) -> Row5:
-    """A row for comparison that could not be had: nothing to compare with is not fine."""
-    return {"name": name, "value": None, "unit": unit, "bar": None, "ok": False}
-
-
 def photo(seed: int, *, width: int = WIDTH, height: int = HEIGHT) -> bytes:
     """A JPEG with the detail, and so about the bytes and the decoding time, of a photograph."""
     coarse = hash_u64(np.arange(32 * 24 * 3), seed, 1) % np.uint64(256)
@@ -111,7 +90,7 @@ def photo(seed: int, *, width: int = WIDTH, height: int = HEIGHT) -> bytes:
     return buffer.getvalue()
 
 
-def _plans() -> Iterator[Row5]:
+def _plans() -> Iterator[Figure]:
     best = min((plan_once(1_000_000) for _ in range(3)), key=lambda found: found["cpu_s"])
     yield at_least("plan, 1M samples, grouped", 1e6 / best["cpu_s"], "samples/s/core", 500_000)
     yield at_least("plan, share of positions filled", best["fill"], "", 0.99)
@@ -125,7 +104,7 @@ def _plans() -> Iterator[Row5]:
     yield at_most("plan, 10M samples, peak memory", found["peak_gb"], "GB", 2)
 
 
-def _million(folder: Path) -> Iterator[Row5]:
+def _million(folder: Path) -> Iterator[Figure]:
     path = folder / "million.gvd"
     text, pictured = mixed_text_lengths(1_000_000, seed=0)
     images = 1000
@@ -167,7 +146,7 @@ def _restore(path: Path) -> None:
             source.micro_batch(rows)
 
 
-def _tokens(source: BatchSource) -> Iterator[Row5]:
+def _tokens(source: BatchSource) -> Iterator[Figure]:
     batches = [source.global_batch(step) for step in range(3)]
     rows = [row for batch in batches for row in batch.sequences]
     useful = sum(row.num_tokens for row in rows)
@@ -184,10 +163,10 @@ def _tokens(source: BatchSource) -> Iterator[Row5]:
         began = time.process_time()
         source.global_batch(1000 + step)
         spent.append(time.process_time() - began)
-    yield beside("find and spread 256 packs of a step", 1000 * min(spent), "ms")
+    yield measured("find and spread 256 packs of a step", 1000 * min(spent), "ms", ok=True)
 
 
-def _loader(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
+def _loader(folder: Path, pictures: list[bytes]) -> Iterator[Figure]:
     path = folder / "photos.gvd"
     write_synthetic(
         path,
@@ -203,9 +182,9 @@ def _loader(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
     raw = _threads(lambda ids: [_pillow(pictures[number]) for number in ids], batches)
     per_wall = f"{_WHAT}, {THREADS} threads, wall"
     yield at_least(f"loader, {_PER_CPU}", count * THREADS / loaded.cpu, "images/s", 350)
-    yield beside(f"Pillow alone, {_PER_CPU}", count * THREADS / raw.cpu, "images/s")
-    yield beside(f"loader, {per_wall}", count / loaded.wall, "images/s")
-    yield beside(f"Pillow alone, {per_wall}", count / raw.wall, "images/s")
+    yield measured(f"Pillow alone, {_PER_CPU}", count * THREADS / raw.cpu, "images/s", ok=True)
+    yield measured(f"loader, {per_wall}", count / loaded.wall, "images/s", ok=True)
+    yield measured(f"Pillow alone, {per_wall}", count / raw.wall, "images/s", ok=True)
     yield from _tar(folder)
 
 
@@ -231,7 +210,7 @@ def _pillow(data: bytes) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def _tar(folder: Path) -> Iterator[Row5]:
+def _tar(folder: Path) -> Iterator[Figure]:
     count = 50_000
     write_synthetic(
         folder / _MANY,
@@ -249,7 +228,7 @@ def _tar(folder: Path) -> Iterator[Row5]:
     yield at_least("index of a tar", count / min(spent), _MEMBERS, 100_000)
 
 
-def _ingest(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
+def _ingest(folder: Path, pictures: list[bytes]) -> Iterator[Figure]:
     words = ["what is in the picture?", "a photo of a street.", "user", "system", "tool"]
     tokenizer = train_tokenizer(words, vocab_size=300, path=folder / "words.model")
     rows = []
@@ -269,7 +248,7 @@ def _ingest(folder: Path, pictures: list[bytes]) -> Iterator[Row5]:
     yield at_least(name, len(rows) / seconds, "images/s", 300)
 
 
-def _energon(folder: Path, energon: Energon) -> Iterator[Row5]:
+def _energon(folder: Path, energon: Energon) -> Iterator[Figure]:
     """Beside `_loader` and `_tar`: the ingested pictures, and the same tar of small members."""
     speed, problem = None, energon.problem
     if energon.python is not None:
@@ -286,7 +265,7 @@ def _energon(folder: Path, energon: Energon) -> Iterator[Row5]:
         ("prepare of the same tar, SQLite included", speed and speed.prepared_per_cpu_s, _MEMBERS),
     ):
         name = f"energon {energon.version} {what}"
-        yield unmeasured(name, unit) if value is None else beside(name, value, unit)
+        yield measured(name, value, unit, ok=value is not None)
 
 
 def _energon_speed(folder: Path, python: str) -> EnergonSpeed:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.utils.figures import Figure, at_most, measured
 
 GIB = 1024**3
 _CLEAN_GIB = 0.25
@@ -36,7 +36,7 @@ def measure_memory(
     device: torch.device,
     steps: int,
     progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """Rows of name, value, unit, bar and ok for each mode, one after the other; collective.
 
     Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
@@ -60,15 +60,8 @@ def measure_memory(
         torch.cuda.empty_cache()
         left = torch.cuda.memory_allocated(device) / GIB
         if left > _CLEAN_GIB:
-            rows.append(
-                {
-                    "name": f"{mode.name}: left behind by the modes before, so measure it alone",
-                    "value": left,
-                    "unit": "GiB",
-                    "bar": _CLEAN_GIB,
-                    "ok": False,
-                }
-            )
+            name = f"{mode.name}: left behind by the modes before, so measure it alone"
+            rows.append(at_most(name, left, "GiB", _CLEAN_GIB))
             continue
         try:
             figures = _run(mode.run, device=device, steps=steps, progress=progress)
@@ -77,10 +70,7 @@ def measure_memory(
                 raise  # the other ranks wait in a collective
             total = torch.cuda.get_device_properties(device).total_memory
             figures = [("does not fit into", total / GIB, "GiB")]
-        rows += [
-            {"name": f"{mode.name}: {name}", "value": value, "unit": unit, "bar": None, "ok": None}
-            for name, value, unit in figures
-        ]
+        rows += [measured(f"{mode.name}: {name}", value, unit) for name, value, unit in figures]
     return rows
 
 

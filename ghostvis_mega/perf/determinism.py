@@ -17,6 +17,7 @@ from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.train.damage import agree_on_damage
 from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.utils.figures import Figure, at_most, measured
 
 _WARM_UP = 2
 """First steps, whose time does not count."""
@@ -111,7 +112,7 @@ def _state(engine: TrainEngine) -> Iterator[torch.Tensor]:
             yield from (value for value in state.values() if torch.is_tensor(value))
 
 
-def compare_bits(first: Bits, second: Bits, plain: Bits) -> list[dict[str, Any]]:
+def compare_bits(first: Bits, second: Bits, plain: Bits) -> list[Figure]:
     """Rows of name, value, unit, bar and ok.
 
     Args:
@@ -123,24 +124,20 @@ def compare_bits(first: Bits, second: Bits, plain: Bits) -> list[dict[str, Any]]
     for name in ("losses", "norms"):
         differing = sum(a != b for a, b in zip(first[name], second[name], strict=True))
         what = f"{name} that differ between two runs with the switch"
-        rows.append(_row(what, differing, "steps", bar=0, ok=differing == 0))
+        rows.append(at_most(what, differing, "steps", 0))
     same = first["state"] == second["state"]
     rows += [
-        _row("weights and optimizer states, first run", first["state"][:16], "SHA-256"),
-        _row("weights and optimizer states, second run", second["state"][:16], "SHA-256", ok=same),
-        _row("weights and optimizer states, without", plain["state"][:16], "SHA-256"),
-        _row("last loss with the switch", float.fromhex(first["losses"][-1]), "nats"),
-        _row("last loss without", float.fromhex(plain["losses"][-1]), "nats"),
+        measured("weights and optimizer states, first run", first["state"][:16], "SHA-256"),
+        measured(
+            "weights and optimizer states, second run", second["state"][:16], "SHA-256", ok=same
+        ),
+        measured("weights and optimizer states, without", plain["state"][:16], "SHA-256"),
+        measured("last loss with the switch", float.fromhex(first["losses"][-1]), "nats"),
+        measured("last loss without", float.fromhex(plain["losses"][-1]), "nats"),
     ]
     switched = min(first["step_s"], second["step_s"])
     return rows + [
-        _row("step with the switch", switched, "s"),
-        _row("step without", plain["step_s"], "s"),
-        _row("cost of the switch", 100 * (switched / plain["step_s"] - 1), "% of step time"),
+        measured("step with the switch", switched, "s"),
+        measured("step without", plain["step_s"], "s"),
+        measured("cost of the switch", 100 * (switched / plain["step_s"] - 1), "% of step time"),
     ]
-
-
-def _row(
-    name: str, value: float | str, unit: str, *, bar: float | None = None, ok: bool | None = None
-) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}

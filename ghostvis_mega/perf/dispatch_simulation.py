@@ -8,7 +8,6 @@ owners are those that `dispatch_images` names.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from ghostvis_mega.parallel.dispatch import ImageDispatch, dispatch_images
 from ghostvis_mega.parallel.groups import Place
 from ghostvis_mega.parallel.volume import exchange_volume
 from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.figures import Figure, at_most, measured
 
 MIX_SAMPLES = 200_000
 PATCHES_PER_IMAGE = 576
@@ -253,7 +253,7 @@ def simulate(
     steps: int,
     bytes_per_image: int,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """Rows of name, value, unit, bar and ok for each world size.
 
     Raises:
@@ -270,12 +270,12 @@ def simulate(
             for step in range(steps)
         ]
         batch = [("replicas", shape.replicas(ranks)), ("packs a step", shape.batch_size(ranks))]
-        rows += [_row(f"{ranks} ranks: {name}", value) for name, value in batch]
+        rows += [measured(f"{ranks} ranks: {name}", value) for name, value in batch]
         rows += _rows(f"{ranks} ranks", done)
     return rows
 
 
-def _rows(where: str, done: Sequence[StepFigures]) -> list[dict[str, Any]]:
+def _rows(where: str, done: Sequence[StepFigures]) -> list[Figure]:
     def column(name: str) -> np.ndarray:
         return np.array([getattr(figures, name) for figures in done])
 
@@ -292,14 +292,9 @@ def _rows(where: str, done: Sequence[StepFigures]) -> list[dict[str, Any]]:
         ("assigning packs, CPU time a step", column("assign_s").mean(), "s", None),
         ("dispatch, CPU time a step", column("dispatch_s").mean(), "s", DISPATCH_S),
     ]
-    return [_row(f"{where}: {name}", value, unit, bar) for name, value, unit, bar in found]
-
-
-def _row(name: str, value: float, unit: str = "", bar: float | None = None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": value if isinstance(value, int) else round(float(value), 5),
-        "unit": unit,
-        "bar": bar,
-        "ok": None if bar is None else bool(value <= bar),
-    }
+    # Judged before they are rounded.
+    figures = [at_most(f"{where}: {name}", value, unit, bar) for name, value, unit, bar in found]
+    for figure in figures:
+        if not isinstance(figure["value"], int):
+            figure["value"] = round(float(figure["value"]), 5)
+    return figures

@@ -8,7 +8,6 @@ layout is right when its own distance is about the same.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +22,12 @@ from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.reference import PlainTrainer
 from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.utils.figures import Figure, at_most, measured
 from ghostvis_mega.utils.worst import worst
 
 log = logging.getLogger(__name__)
+
+L2 = "relative L2"
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
@@ -72,7 +74,7 @@ def compare_layouts(
     device: torch.device,
     bar: float | None,
     progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """Rows of name, value, unit, bar and ok for each layout, one after the other; collective.
 
     The joint error is the relative L2 distance of the whole gradient.
@@ -97,25 +99,13 @@ def compare_layouts(
         loss, errors = layout_errors(run, groups, truth, device=device)
         joint = sum(errors[name] ** 2 * squares[name] for name in errors) ** 0.5 / whole**0.5
         name, error = worst(errors.items())
-        fine = None if bar is None else joint <= bar
         rows += [
-            _row(f"{layout}: loss", loss, "nats"),
-            _row(f"{layout}: joint gradient", joint, "relative L2", bar=bar, ok=fine),
-            _row(f"{layout}: median parameter", sorted(errors.values())[len(errors) // 2]),
-            _row(f"{layout}: worst parameter, {name}", error),
+            measured(f"{layout}: loss", loss, "nats"),
+            at_most(f"{layout}: joint gradient", joint, L2, bar),
+            measured(f"{layout}: median parameter", sorted(errors.values())[len(errors) // 2], L2),
+            measured(f"{layout}: worst parameter, {name}", error, L2),
         ]
     return rows
-
-
-def _row(
-    name: str,
-    value: float,
-    unit: str = "relative L2",
-    *,
-    bar: float | None = None,
-    ok: bool | None = None,
-) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}
 
 
 def layout_errors(

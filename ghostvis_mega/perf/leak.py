@@ -20,6 +20,7 @@ from ghostvis_mega.engine.build import build_chunks, build_encoder
 from ghostvis_mega.model.dropout import Draw
 from ghostvis_mega.model.inputs import model_input
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.utils.figures import Figure, at_most, measured
 from ghostvis_mega.utils.worst import worst as worst_of
 
 IMAGE_TOKEN = 5
@@ -29,6 +30,7 @@ ALIGNED = (128, 384, 128, 384)
 """Whole blocks of 128 tokens."""
 PICTURES = {0: 9, 1: 17, 2: 3}
 """Where the picture of a sample starts, by number of the sample."""
+UNIT = "max |difference|"
 WARM_UP = 3
 """Passes before the measured one: delayed FP8 scaling takes its factors from them."""
 
@@ -214,7 +216,7 @@ def measure_leak(
     bar: float | None,
     lengths: tuple[int, ...] = LENGTHS,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """Rows of name, value, unit, bar and ok: the largest change of what must not change.
 
     Args:
@@ -259,20 +261,18 @@ def measure_leak(
         # What is no number is not fine, also where samples are coupled by design.
         fine = (None if bar is None else value <= bar) if math.isfinite(value) else False
         suffix = f" ({name})" if value else ""
-        rows.append(_row(f"{label}: {kind} of the other samples{suffix}", value, bar, fine))
+        name = f"{label}: {kind} of the other samples{suffix}"
+        rows.append(measured(name, value, UNIT, bar=bar, ok=fine))
     _, value = worst_of((name, value) for value, name in repeat.values())
     # Negative: the sample that moved least is the worst.
     moved = -worst_of(moves)[1]
-    rows.append(_row(f"{label}: the same pack twice", value, 0.0, value == 0.0))
-    rows.append(
-        _row(f"{label}: the changed sample itself (must move)", moved, None, 0.0 < moved < math.inf)
-    )
-    value = broken["logits"][0]
-    rows.append(
-        _row(
-            f"{label}: control, a boundary ignored (must leak)", value, None, 0.0 < value < math.inf
-        )
-    )
+    rows.append(at_most(f"{label}: the same pack twice", value, UNIT, 0.0))
+    leaked = broken["logits"][0]
+    for name, value in (
+        (f"{label}: the changed sample itself (must move)", moved),
+        (f"{label}: control, a boundary ignored (must leak)", leaked),
+    ):
+        rows.append(measured(name, value, UNIT, ok=0.0 < value < math.inf))
     return rows
 
 
@@ -289,7 +289,3 @@ def _compare(
         before_that = [worst[kind][::-1]] if kind in worst else []
         name, difference = worst_of([*before_that, (name, difference)])
         worst[kind] = (difference, name)
-
-
-def _row(name: str, value: float, bar: float | None, ok: bool | None) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": "max |difference|", "bar": bar, "ok": ok}

@@ -39,6 +39,7 @@ from ghostvis_mega.train.observers.build import Observers
 from ghostvis_mega.train.preflight import check_run
 from ghostvis_mega.train.previews import Previewer
 from ghostvis_mega.train.watchdog import Watchdog
+from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
 
 log = logging.getLogger(__name__)
 
@@ -314,39 +315,31 @@ FAULTS: dict[str, Callable[[TrainEngine], None]] = {
 }
 
 
-def rows_of(outcomes: Sequence[Outcome], *, steps: int) -> list[dict[str, Any]]:
+def rows_of(outcomes: Sequence[Outcome], *, steps: int) -> list[Figure]:
     """Rows of name, value, unit, bar and ok of what was done; who started the ranks knows best
     how they ended."""
     done = sum(outcome.steps for outcome in outcomes)
     rows = [
-        _row("steps", done, "steps", bar=steps, ok=done >= steps),
-        _row(
+        at_least("steps", done, "steps", steps),
+        measured(
             "comparisons",
             sum(o.comparisons for o in outcomes),
             "",
             bar=len(outcomes),
             ok=all(o.comparisons > 0 for o in outcomes),
         ),
-        _row("calls of rank 0", sum(o.calls for o in outcomes), ""),
+        measured("calls of rank 0", sum(o.calls for o in outcomes)),
     ]
     problems = [f"{o.layout}: {problem}" for o in outcomes for problem in o.problems]
-    rows.append(
-        _row("steps wrongly skipped, or not", len(problems), "steps", bar=0, ok=not problems)
-    )
+    rows.append(at_most("steps wrongly skipped, or not", len(problems), "steps", 0))
     totals: Counter[str] = Counter()
     for outcome in outcomes:
         totals.update(outcome.kinds)
     for kind in (*KINDS, "no number"):
         what = KINDS.get(kind, "a loss on one rank that is no number: skipped on all")
-        rows.append(_row(f"{kind}: {what}", totals[kind], "steps", bar=1, ok=totals[kind] > 0))
+        rows.append(at_least(f"{kind}: {what}", totals[kind], "steps", 1))
     for outcome in outcomes:
-        rows.append(_row(f"{outcome.layout}: time", outcome.seconds / outcome.steps, "s/step"))
+        rows.append(measured(f"{outcome.layout}: time", outcome.seconds / outcome.steps, "s/step"))
         cpu = outcome.cpu_s / outcome.steps
-        rows.append(_row(f"{outcome.layout}: CPU time of rank 0", cpu, "s/step"))
-    return rows + [_row(problem, 1, "step", bar=0, ok=False) for problem in problems[:10]]
-
-
-def _row(
-    name: str, value: float, unit: str, *, bar: float | None = None, ok: bool | None = None
-) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}
+        rows.append(measured(f"{outcome.layout}: CPU time of rank 0", cpu, "s/step"))
+    return rows + [at_most(problem, 1, "step", 0) for problem in problems[:10]]

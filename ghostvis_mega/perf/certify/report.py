@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ghostvis_mega.perf.certify.faults import Fault, finding
+from ghostvis_mega.utils.figures import Figure, at_most, measured
 
 GRADIENT_BAR = 1e-5
 """Relative L2 distance of each parameter's first gradient, fp32."""
@@ -56,27 +57,21 @@ class Outcome:
             return "red"
         return "fine" if all(figure["ok"] is not False for figure in self.figures()) else "red"
 
-    def figures(self) -> list[dict[str, Any]]:
+    def figures(self) -> list[Figure]:
         """Rows of name, value, unit, bar and ok."""
         if self.row is None:
             why, ok = (self.not_run, None) if self.failure is None else (self.failure, False)
             label = "not run" if self.failure is None else "failed"
-            return [_figure(f"{self.name}: {label}, {why}", None, "", None, ok)]
+            return [measured(f"{self.name}: {label}, {why}", None, ok=ok)]
         if self.fault is not None:
             found = finding(self.fault, self.row, bar=GRADIENT_BAR)
             name = f"fault, {self.name}: {found.where}"
-            return [_figure(name, found.value, found.unit, found.bar, found.seen)]
+            return [measured(name, found.value, found.unit, bar=found.bar, ok=found.seen)]
         figures = _fp32_figures if self.row.get("noise") is None else _noise_figures
         return figures(self.name, self.row)
 
 
-def _figure(
-    name: str, value: float | None, unit: str, bar: float | None, ok: bool | None
-) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok}
-
-
-def _fp32_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+def _fp32_figures(name: str, row: dict[str, Any]) -> list[Figure]:
     entries = (
         (f"worst gradient, {row['gradient_name']}", row["gradient_error"], GRADIENT_BAR),
         ("loss", row["loss_error"], LOSS_BAR),
@@ -86,11 +81,10 @@ def _fp32_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     )
     units = ("relative L2", "relative", "relative L2", "relative L2", "relative")
     figures = [
-        # Written so that a NaN is over its bar.
-        _figure(f"{name}: {what}", value, unit, bar, value <= bar)
+        at_most(f"{name}: {what}", value, unit, bar)
         for (what, value, bar), unit in zip(entries, units, strict=True)
     ]
-    return [*figures, _figure(f"{name}: time", row["seconds"], "s", None, None)]
+    return [*figures, measured(f"{name}: time", row["seconds"], "s")]
 
 
 def noise_bars(noise: dict[str, float]) -> dict[str, float]:
@@ -109,7 +103,7 @@ def noise_bars(noise: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _noise_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+def _noise_figures(name: str, row: dict[str, Any]) -> list[Figure]:
     noise = row["noise"]
     # Without a finite noise nothing can be said, and that is not fine; max() would hide a NaN.
     sound = all(math.isfinite(value) for value in noise.values())
@@ -122,22 +116,24 @@ def _noise_figures(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
         ("joint norm", "norm_error", "relative"),
     )
     figures = [
-        _figure(f"{name}: {what}", row[key], unit, bars[key], sound and row[key] <= bars[key])
+        measured(
+            f"{name}: {what}", row[key], unit, bar=bars[key], ok=sound and row[key] <= bars[key]
+        )
         for what, key, unit in entries
     ]
     update = row["update_error"]
     # Weights are rounded to BF16, more than some steps change of them: no bar, but a number.
     what = f"{name}: worst update, {row['update_name']}"
     figures.append(
-        _figure(what, update, "relative L2", None, None if math.isfinite(update) else False)
+        measured(what, update, "relative L2", ok=None if math.isfinite(update) else False)
     )
     of_one = {"joint gradient": "joint_error", "weight": "weight_error", "update": "update_error"}
     of_one |= {"loss": "loss_error", "joint norm": "norm_error"}
     figures += [
-        _figure(f"{name}: one BF16 process, {what}", noise[key], "relative", None, None)
+        measured(f"{name}: one BF16 process, {what}", noise[key], "relative")
         for what, key in of_one.items()
     ]
-    return [*figures, _figure(f"{name}: time", row["seconds"], "s", None, None)]
+    return [*figures, measured(f"{name}: time", row["seconds"], "s")]
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
