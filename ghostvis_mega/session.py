@@ -29,6 +29,7 @@ from ghostvis_mega.train.loop import Loop
 from ghostvis_mega.train.observers import RunInfo, Summary
 from ghostvis_mega.train.observers.build import make_observers
 from ghostvis_mega.train.previews import Previewer
+from ghostvis_mega.train.signals import StopRequest
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.determinism import determinism, make_deterministic
 from ghostvis_mega.utils.environment import package_versions
@@ -108,10 +109,12 @@ class Training:
     world: World
     started: float = field(default_factory=time.time)
     """Unix time from which `seconds` in the summary counts."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Tells the run to save and to end before its last step."""
 
     def execute(self) -> Summary:
         """Train from the newest checkpoint or from scratch, evaluate if asked, report; returns the
-        summary."""
+        summary. A run that was told to stop has saved, and evaluates nothing."""
         run, groups = self.run, self.world.groups
         engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
@@ -139,15 +142,16 @@ class Training:
             watchdog=self.world.watchdog,
             previewer=previewer,
             save=save,
+            stop=self.stop,
         )
         if start >= run.train.steps:
             log.info("nothing left to train: %d of %d steps are done", start, run.train.steps)
         loss = loop.run(start=start)
         feed.close()
-        summary: Summary = {"status": "finished"}
+        summary: Summary = {"status": self.stop.reason if self.stop.agreed else "finished"}
         if loss is not None:
             summary["loss"] = loss
-        if run.log.evaluate and heldout is not None:
+        if run.log.evaluate and heldout is not None and not self.stop.agreed:
             alive = self.world.watchdog.alive
             summary["heldout_accuracy"] = heldout_accuracy(engine, heldout, progress=alive)
             alive("the question-only accuracy")

@@ -1,4 +1,5 @@
-"""Agreeing on damaged data before a step, so that all ranks leave out the same samples.
+"""Agreeing before a step: on damaged data, so that all ranks leave out the same samples, and on
+whether to take the step at all.
 
 A rank reads the tokens of its own replica and the pictures that it encodes. What it cannot read
 must count nowhere: not on the other ranks of its replica, whose copy may be sound, and not in the
@@ -19,12 +20,19 @@ from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.groups import Groups
 
 
-def agree_on_damage(
-    batch: GlobalBatch, work: StepInput, corpus: Corpus, groups: Groups, *, device: torch.device
-) -> StepInput:
-    """The step's input without the samples that any rank found damaged; collective.
+def agree_before_step(
+    batch: GlobalBatch,
+    work: StepInput,
+    corpus: Corpus,
+    groups: Groups,
+    *,
+    device: torch.device,
+    stop: int,
+) -> tuple[StepInput, int]:
+    """The step's input without the samples that any rank found damaged, and whether any rank was
+    asked to stop; collective.
 
-    One all-reduce of a number where nothing is damaged.
+    One all-reduce of two numbers where nothing is damaged.
 
     Args:
         batch: The global batch.
@@ -32,11 +40,29 @@ def agree_on_damage(
         corpus: Index of samples and images.
         groups: Of this rank.
         device: Of this rank.
+        stop: Number of the signal that this rank was sent, 0 without one.
+
+    Returns:
+        The input, and the highest `stop` of all ranks.
     """
-    found = torch.tensor(len(work.damage), dtype=torch.int64, device=device)
-    dist.all_reduce(found, group=groups.world)
-    if found.item() == 0:
-        return work
+    found = torch.tensor([len(work.damage), stop], dtype=torch.int64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=groups.world)
+    damaged, stop = found.tolist()
+    if damaged == 0 or stop:
+        return work, stop
+    return _without_damage(batch, work, corpus, groups), 0
+
+
+def agree_on_damage(
+    batch: GlobalBatch, work: StepInput, corpus: Corpus, groups: Groups, *, device: torch.device
+) -> StepInput:
+    """`agree_before_step` for steps that nobody stops."""
+    return agree_before_step(batch, work, corpus, groups, device=device, stop=0)[0]
+
+
+def _without_damage(
+    batch: GlobalBatch, work: StepInput, corpus: Corpus, groups: Groups
+) -> StepInput:
     gathered: list[tuple[list[int], list[int]] | None] = [None] * len(groups.places)
     own = (sorted(work.damage.samples), sorted(work.damage.images))
     dist.all_gather_object(gathered, own, group=groups.world)

@@ -3,17 +3,18 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
 from ghostvis_mega.model.flops import batch_flops
 from ghostvis_mega.parallel.volume import dispatch_figures
-from ghostvis_mega.train.damage import agree_on_damage
+from ghostvis_mega.train.damage import agree_before_step
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.build import Observers
 from ghostvis_mega.train.previews import Previewer
+from ghostvis_mega.train.signals import StopRequest
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.errors import TrainingError
 
@@ -34,9 +35,11 @@ class Loop:
     previewer: Previewer | None
     save: Callable[[int], None]
     """Called with the number of steps done."""
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def run(self, *, start: int) -> float | None:
-        """Train the remaining steps; returns the last loss that was finite.
+        """Train the remaining steps, or those until the ranks agree to stop; what was trained is
+        then saved. Returns the last loss that was finite.
 
         Args:
             start: Steps already done.
@@ -45,20 +48,26 @@ class Loop:
             TrainingError: `MAX_SKIPPED` steps in a row had no finite loss or gradient.
         """
         settings = self.engine.run
-        loss, skipped = None, 0
+        loss, skipped, saved = None, 0, start
         if start == 0:
             self.preview(0)
         for step in range(start, settings.train.steps):
             self.watchdog.alive(f"step {step + 1}")
             began = time.perf_counter()
             batch, work = self.feed.get(step)
-            work = agree_on_damage(
+            work, number = agree_before_step(
                 batch,
                 work,
                 self.feed.corpus,
                 self.engine.groups,
                 device=self.engine.device,
+                stop=self.stop.asked,
             )
+            self.stop.agree(number, done=step)
+            if number:
+                if saved < step:
+                    self.checkpoint(step)
+                break
             fetched = time.perf_counter()
             result = self.engine.step(work, step=step)
             # Reading the timer waits for the optimizer's last kernel, so the step's end follows it.
@@ -76,9 +85,14 @@ class Loop:
             loss = loss if result.skipped else result.loss
             self.preview(done)
             if self.save_is_due(done):
-                self.watchdog.alive(f"the save after step {done}")
-                self.save(done)
+                self.checkpoint(done)
+                saved = done
         return loss
+
+    def checkpoint(self, done: int) -> None:
+        """Save after `done` steps."""
+        self.watchdog.alive(f"the save after step {done}")
+        self.save(done)
 
     def save_is_due(self, done: int) -> bool:
         """Whether the settings ask for a checkpoint after `done` steps."""

@@ -223,7 +223,7 @@ def _describe_hang(
 ) -> str:
     ranks = range(len(processes))
     for process in processes:
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGUSR2)
     time.sleep(_DUMP_GRACE_S)
     stacks = {
         rank: (_stack_file(folder, rank), read_stack(_stack_file(folder, rank))) for rank in ranks
@@ -282,7 +282,8 @@ def main() -> None:
     """One rank: be ready to tell where it hangs, then run the script or module."""
     target = sys.argv[1:]
     with _stack_file(Path(os.environ["LAUNCH_FOLDER"]), int(os.environ["RANK"])).open("w") as stack:
-        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        # SIGUSR1 asks a training run to save and to stop.
+        faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
         # Should the launching process be killed, no rank outlives it for long.
         faulthandler.dump_traceback_later(float(os.environ["LAUNCH_FUSE_S"]), exit=True)
         if target[0] == "-m":
