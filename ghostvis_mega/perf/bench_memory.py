@@ -16,10 +16,15 @@ from ghostvis_mega.parallel.groups import build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.utils.figures import Figure, at_most, measured
+from ghostvis_mega.utils.timing import SectionTimer
 
 GIB = 1024**3
 _CLEAN_GIB = 0.25
 """A mode that starts with more allocated than this would measure another one's leftovers."""
+
+_SECTIONS = ("vision", "exchange", "llm", "optimizer")
+_BETWEEN = "reductions"
+"""What a step does outside its timed sections."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,29 @@ class Mode:
 
     name: str
     run: RunConfig
+
+
+class SectionPeaks(SectionTimer):
+    """Most bytes allocated in each section of a step, in place of its time.
+
+    Counted by PyTorch's allocator on the host, so nothing waits for the GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.bytes = dict.fromkeys((*_SECTIONS, _BETWEEN), 0)
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Attribute the peak inside to `name`, and what came before to the code between."""
+        self.take(_BETWEEN)
+        yield
+        self.take(name)
+
+    def take(self, name: str) -> None:
+        """Raise the peak of `name` to the most since the last call."""
+        self.bytes[name] = max(self.bytes[name], torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
 
 
 def measure_memory(
@@ -40,11 +68,10 @@ def measure_memory(
     """Rows of name, value, unit, bar and ok for each mode, one after the other; collective.
 
     Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
-    it (one to two GiB) is not in them. Forward and backward (activations, gradients, reductions)
-    and the optimizer step have peaks of their own, since the larger hides what a mode saves in the
-    other. Time is that of the fastest step after the first. On one GPU a mode that does not fit is
-    a row like others. DeepSpeed's stage 3 keeps some of its
-    memory, so it comes last.
+    it (one to two GiB) is not in them. Sections of a step have peaks of their own, since the
+    largest hides what a mode saves in the others. Time is that of the fastest step after the
+    first. On one GPU a mode that does not fit is a row like others. DeepSpeed's stage 3 keeps some
+    of its memory, so it comes last.
 
     Args:
         modes: What to run.
@@ -81,7 +108,8 @@ def _run(
     feed = Feed(run, groups, Dataset.open(run.data.train))
     engine = TrainEngine(run, groups, device=device)
     held = torch.cuda.memory_allocated(device)
-    peaks = {"forward and backward": 0, "optimizer step": 0}
+    engine.timer = peaks = SectionPeaks(device)
+    torch.cuda.reset_peak_memory_stats()
     seconds, loss = [], float("nan")
     try:
         for step in range(steps):
@@ -89,30 +117,20 @@ def _run(
             _, work = feed.get(step)
             torch.cuda.synchronize(device)
             started = time.monotonic()
-            with _peak(peaks, "forward and backward", device):
-                loss_sum = engine.accumulate(work)
-            with _peak(peaks, "optimizer step", device):
-                loss = engine.update(loss_sum, work, step=step).loss
+            loss = engine.step(work, step=step).loss
+            torch.cuda.synchronize(device)
             seconds.append(time.monotonic() - started)
     finally:
         # Also when memory is out: the next mode needs it.
         feed.close()
         engine.close()
-    totals = torch.tensor([held, *peaks.values()], dtype=torch.float64, device=device)
+    totals = torch.tensor([held, *peaks.bytes.values()], dtype=torch.float64, device=device)
     dist.all_reduce(totals, op=dist.ReduceOp.MAX)
     held, *highest = (total / GIB for total in totals.tolist())
     return [
         ("model and optimizer before the first step", held, "GiB"),
-        *((f"peak of {part}", peak, "GiB") for part, peak in zip(peaks, highest, strict=True)),
+        ("peak", max(highest), "GiB"),
+        *((f"peak, {part}", peak, "GiB") for part, peak in zip(peaks.bytes, highest, strict=True)),
         ("fastest step", min(seconds[1:]), "s"),
         ("loss of the last step", loss, "nats"),
     ]
-
-
-@contextmanager
-def _peak(peaks: dict[str, int], part: str, device: torch.device) -> Iterator[None]:
-    """Raises `peaks[part]` to the most bytes allocated inside."""
-    torch.cuda.reset_peak_memory_stats(device)
-    yield
-    torch.cuda.synchronize(device)
-    peaks[part] = max(peaks[part], torch.cuda.max_memory_allocated(device))
