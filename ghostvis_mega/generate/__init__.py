@@ -1,0 +1,1 @@
+"""Text from trained models: a decoder of its own with a cache of keys and values."""

@@ -1,0 +1,89 @@
+"""From a path to an engine that answers."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.generate.decoder import Decoder
+from ghostvis_mega.generate.engine import MAX_ROWS, Codec, Engine
+from ghostvis_mega.generate.kernels import Kernels, TorchKernels
+from ghostvis_mega.generate.pictures import DEFAULT_CACHE_BYTES, EmbeddingCache, PictureEncoder
+from ghostvis_mega.generate.ranks import Ranks
+from ghostvis_mega.generate.weights import ModelSource, open_model
+from ghostvis_mega.model.vision import VisionEncoder
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_engine(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+    kernels: Kernels | None = None,
+    codec: Codec | None = None,
+    image_token: int | None = None,
+    choices: int | None = None,
+    max_rows: int = MAX_ROWS,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    graphs: bool | None = None,
+    check: bool = True,
+) -> Engine:
+    """Read a model's weights; arguments as `Engine` and `Decoder` have them.
+
+    Args:
+        path: A checkpoint of any layout, or a Hugging Face directory.
+        device: Of the model.
+        dtype: Of weights and activations.
+        cache_bytes: Most memory for embeddings of pictures.
+        check: Compare files with their digests, where they have any.
+
+    Raises:
+        CheckpointError: It is no sound model.
+    """
+    began = time.perf_counter()
+    with open_model(path, check=check) as source:
+        decoder = Decoder(
+            source.model.llm,
+            source.read,
+            device=device,
+            dtype=dtype,
+            ranks=ranks,
+            kernels=kernels or default_kernels(source.model, device),
+        )
+        pictures = None
+        if source.model.vision is not None:
+            encoder = _encoder(source, device=device, dtype=dtype)
+            pictures = PictureEncoder(encoder, EmbeddingCache(cache_bytes))
+    log.info("loaded %s in %.1f s", path, time.perf_counter() - began)
+    return Engine(
+        source.model,
+        decoder,
+        pictures=pictures,
+        codec=codec,
+        image_token=image_token,
+        vocab=source.vocab,
+        choices=choices,
+        max_rows=max_rows,
+        graphs=graphs,
+    )
+
+
+def default_kernels(model: ModelConfig, device: torch.device) -> Kernels:
+    """Fused ones on a GPU where they fit the model."""
+    return TorchKernels()
+
+
+def _encoder(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
+    with torch.device(device):
+        encoder = VisionEncoder(source.model)
+    for name, parameter in encoder.named_parameters():
+        parameter.data = source.read(name).to(device=device, dtype=dtype)
+        parameter.requires_grad_(False)
+    return encoder.eval()

@@ -1,0 +1,12 @@
+"""Models that the tests of generation share."""
+
+import pytest
+
+from tests.generate.models import Made
+from tests.model.conftest import groups  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Checkpoints and exports by name."""
+    return Made(tmp_path_factory.mktemp("generate"))
