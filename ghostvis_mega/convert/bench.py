@@ -16,14 +16,16 @@ import numpy as np
 
 from ghostvis_mega.config.presets import MODEL_PRESETS, TOWER_PRESETS
 from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.convert.direct_file import Buffer
 from ghostvis_mega.convert.hf_config import choose_format, config_of_parts
 from ghostvis_mega.convert.hf_folder import CONFIG, HFFolder
 from ghostvis_mega.convert.mapping import Parts, entries
 from ghostvis_mega.convert.output import SHARD_BYTES, check_space, hf_shards, write_index
 from ghostvis_mega.convert.table import LAYOUTS
-from ghostvis_mega.convert.tensor_file import Buffer, TensorFileWriter, TensorInfo
+from ghostvis_mega.convert.tensor_file import TensorFileWriter, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
+from ghostvis_mega.utils.files import sha256_file
 
 IMAGE_TOKEN = 151_655
 SHARE_OF_COPY = 0.8
@@ -55,6 +57,8 @@ class Timed:
     """One run of something in a process of its own."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all threads."""
     memory_gb: float
     """Greatest resident memory, the interpreter and torch included."""
 
@@ -71,11 +75,12 @@ def bench_model(name: str, folder: Path, *, progress: Callable[[str], None]) -> 
     source, other = folder / "source", folder / "other"
     progress(f"{name}: random weights")
     digests, size = make_random(source, parts)
-    copy, there, back = [], [], []
-    for _ in range(_ROUNDS):
-        progress(f"{name}: plain copy")
-        copy.append(_timed("copy", source, other))
-        shutil.rmtree(other)
+    copy, verified, there, back = [], [], [], []
+    for what, runs in (("copy", copy), ("verified-copy", verified)):
+        for _ in range(_ROUNDS):
+            progress(f"{name}: {what}")
+            runs.append(_timed(what, source, other))
+            shutil.rmtree(other)
     for _ in range(_ROUNDS):
         progress(f"{name}: import")
         shutil.rmtree(other, ignore_errors=True)
@@ -96,12 +101,19 @@ def bench_model(name: str, folder: Path, *, progress: Callable[[str], None]) -> 
         measured(f"{name}: tensors", len(digests), "tensors"),
         at_most(f"{name}: different after the way there and back", len(different), "tensors", 0),
         measured(f"{name}: plain copy", speed, "GB/s"),
+        measured(f"{name}: plain copy, CPU", min(run.cpu_seconds for run in copy), "s"),
+        measured(
+            f"{name}: copy and SHA-256 of both",
+            gigabytes / min(run.seconds for run in verified),
+            "GB/s",
+        ),
     ]
     for what, runs in (("import", there), ("export", back)):
         own = gigabytes / min(run.seconds for run in runs)
         memory = max(run.memory_gb for run in runs)
         rows.append(measured(f"{name}: {what}", own, "GB/s"))
         rows.append(at_least(f"{name}: {what} / copy", own / speed, "share", SHARE_OF_COPY))
+        rows.append(measured(f"{name}: {what}, CPU", min(run.cpu_seconds for run in runs), "s"))
         rows.append(at_most(f"{name}: {what}, memory", memory, "GB", LARGEST_MEMORY_GB))
     return rows
 
@@ -171,7 +183,8 @@ def _timed(what: str, source: Path, out: Path) -> Timed:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise CheckpointError(f"{what} of {source} ended with {process.returncode}")
-    return Timed(seconds=float(text), memory_gb=usage.ru_maxrss * 1024 / 1e9)
+    seconds, cpu_seconds = map(float, text.split())
+    return Timed(seconds=seconds, cpu_seconds=cpu_seconds, memory_gb=usage.ru_maxrss * 1024 / 1e9)
 
 
 def _copy(source: Path, out: Path) -> None:
@@ -191,6 +204,11 @@ def _step(what: str, source: Path, out: Path) -> None:
 
     if what == "copy":
         _copy(source, out)
+    elif what == "verified-copy":
+        _copy(source, out)
+        for path in sorted(source.iterdir()):
+            if sha256_file(path) != sha256_file(out / path.name):
+                raise CheckpointError(f"{out / path.name} is no copy of {path}")
     elif what == "import":
         import_hf([source], out, ImportOptions())
     else:
@@ -207,9 +225,9 @@ def main() -> None:
     import ghostvis_mega.convert.exporter
     import ghostvis_mega.convert.importer  # noqa: F401
 
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     _step(what, Path(source), Path(out))
-    sys.stdout.write(f"{time.perf_counter() - began}\n")
+    sys.stdout.write(f"{time.perf_counter() - began} {time.process_time() - worked}\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pydantic import JsonValue
 from ghostvis_mega.checkpoint.manifest import Manifest
 from ghostvis_mega.convert.assets import Assets, Found, find_assets, write_assets
 from ghostvis_mega.convert.card import card
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_config import Format, choose_format, config_of_parts
 from ghostvis_mega.convert.hf_folder import CONFIG
 from ghostvis_mega.convert.importer import DTYPE_NAMES
@@ -32,7 +34,7 @@ from ghostvis_mega.convert.output import (
 )
 from ghostvis_mega.convert.remote import code_files
 from ghostvis_mega.convert.table import LAYOUTS, VERSION
-from ghostvis_mega.convert.tensor_file import DTYPES, Buffer, TensorInfo, cast
+from ghostvis_mega.convert.tensor_file import DTYPES, TensorInfo, cast
 from ghostvis_mega.utils.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -175,14 +177,16 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
         # Against the whole vocabulary: rows of padding are not written, but are there.
         whole = entries(weights.parts, LAYOUTS[plan.form])
         weights.check(whole, modules=_MODULES[plan.form])
-        # Files are compared with their digests while they are read for the export.
-        pool = stack.enter_context(ThreadPoolExecutor(WRITERS))
+        # Files are compared with their digests while they are read for the export, by half of the
+        # cores: a digest is a chain, and so is that of the new file.
+        cores = len(os.sched_getaffinity(0))
+        pool = stack.enter_context(ThreadPoolExecutor(min(WRITERS, max(1, cores // 2))))
         files = weights.reader.files("weights") if options.check else []
         damage = [pool.submit(weights.reader.damage, [file]) for file in files]
         with new_directory(out, force=options.force) as folder:
             shards = plan.shards(options.shard_bytes)
-            chunks = tensor_chunks(plan, weights.chunks)
-            written = write_parallel(folder, shards, lambda: chunks)
+            pieces = tensor_pieces(plan, weights.pieces)
+            written = write_parallel(folder, shards, lambda: pieces)
             if found := [sentence for future in damage for sentence in future.result()]:
                 raise CheckpointError("; ".join(found))
             finish_export(folder, plan, shards, written, _about(weights.manifest))
@@ -199,28 +203,28 @@ def _about(manifest: Manifest) -> dict[str, Any]:
     )
 
 
-def tensor_chunks(
-    plan: ExportPlan, native_chunks: Callable[[str, int, int], Iterator[Buffer]]
-) -> Callable[[str], Iterator[Buffer]]:
+def tensor_pieces(
+    plan: ExportPlan, native_pieces: Callable[[str, int, int], Iterator[Piece]]
+) -> Callable[[str], Iterator[Piece]]:
     """Bytes of each tensor of the plan, cut out of our parameters.
 
     Args:
         plan: The export.
-        native_chunks: (name, first element, number of elements) of a parameter to bytes.
+        native_pieces: (name, first element, number of elements) of a parameter to its bytes.
     """
     places = {t.name: (e, i) for e in plan.entries for i, t in enumerate(e.hf)}
 
-    def chunks(name: str) -> Iterator[Buffer]:
+    def pieces(name: str) -> Iterator[Piece]:
         entry, index = places[name]
         source = plan.native[entry.native].dtype
         for start, length in entry.native_runs(index):
             yield from cast(
-                native_chunks(entry.native, start, length),
+                native_pieces(entry.native, start, length),
                 source=source,
                 target=plan.infos[name].dtype,
             )
 
-    return chunks
+    return pieces
 
 
 def about_training(

@@ -6,9 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ghostvis_mega.convert.direct_file import Span
 from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.table import IGNORED, LAYOUTS, Layout
-from ghostvis_mega.convert.tensor_file import Buffer, TensorFile, TensorInfo
+from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, TensorFile, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -114,11 +115,15 @@ class HFFolder:
         for file in self._files.values():
             file.close()
 
-    def chunks(self, name: str, start: int, length: int) -> Iterator[Buffer]:
-        """Elements of a tensor as bytes."""
+    def span(self, name: str, start: int, length: int) -> Span:
+        """Elements of a tensor."""
         size = self.tensors[name].item_bytes
         file = self._files[self._file_of[name]]
-        return file.chunks(name, start * size, (start + length) * size)
+        return file.span(name, start * size, (start + length) * size)
+
+    def chunks(self, name: str, start: int, length: int) -> Iterator[memoryview]:
+        """The same as bytes, piece by piece; a piece is valid until the next."""
+        return self.span(name, start, length).chunks(CHUNK_BYTES)
 
     def tensor(self, name: str) -> Any:
         """A copy of one tensor."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ghostvis_mega.checkpoint.manifest import write_manifest
 from ghostvis_mega.config.schema import VisionConfig
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import Entry, Parts
@@ -22,7 +23,6 @@ from ghostvis_mega.convert.table import VERSION
 from ghostvis_mega.convert.tensor_file import (
     CODES,
     DTYPES,
-    Buffer,
     TensorInfo,
     as_bytes,
     cast,
@@ -77,14 +77,14 @@ class _Tensor:
     resized: VisionConfig | None = None
     """For a position table that changes its size: the tower that it is made for."""
 
-    def chunks(self) -> Iterator[Buffer]:
+    def pieces(self) -> Iterator[Piece]:
         if self.resized is not None:
             table = self.folder.tensor(self.entry.hf[0].name)
             yield as_bytes(resize_positions(table, self.resized).to(DTYPES[self.info.dtype]))
             return
         for run in self.entry.runs:
-            found = self.folder.chunks(self.entry.hf[run.tensor].name, run.start, run.length)
-            yield from cast(found, source=self.source, target=self.info.dtype)
+            found = self.folder.span(self.entry.hf[run.tensor].name, run.start, run.length)
+            yield from cast(iter([found]), source=self.source, target=self.info.dtype)
         padding = prod(self.info.shape) - sum(run.length for run in self.entry.runs)
         if padding:
             yield bytes(padding * self.info.item_bytes)
@@ -223,7 +223,7 @@ def _write(
         infos = {n: t.info for n, t in tensors.items() if t.entry.module in modules}
         for number, shard in enumerate(shards_of(infos, largest=options.shard_bytes)):
             shards.append((f"{stem}-{number:05d}.safetensors", shard))
-    written = write_parallel(folder, shards, lambda: lambda name: tensors[name].chunks())
+    written = write_parallel(folder, shards, lambda: lambda name: tensors[name].pieces())
     files: dict[str, Any] = {}
     for file, shard in shards:
         files[file] = {

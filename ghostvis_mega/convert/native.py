@@ -13,12 +13,12 @@ from pydantic import JsonValue, ValidationError
 
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, VisionConfig
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.tensor_file import (
     CHUNK_BYTES,
     CODES,
     DTYPES,
-    Buffer,
     TensorFile,
     TensorInfo,
     as_bytes,
@@ -70,8 +70,8 @@ class NativeWeights:
         value = self.manifest.extra.get(VOCAB_KEY)
         return value if isinstance(value, int) else None
 
-    def chunks(self, name: str, start: int, length: int) -> Iterator[Buffer]:
-        """Elements of a parameter, row-major in the whole of it, as bytes."""
+    def pieces(self, name: str, start: int, length: int) -> Iterator[Piece]:
+        """Elements of a parameter, row-major in the whole of it."""
         info, count = self.manifest.parameters[name], self.reader.tensor_parts(name)
         if count == 1:
             yield from self._part(name, 0, start, length)
@@ -80,7 +80,7 @@ class NativeWeights:
         else:
             yield from self._columns(name, count, start, length)
 
-    def _rows(self, name: str, count: int, start: int, length: int) -> Iterator[Buffer]:
+    def _rows(self, name: str, count: int, start: int, length: int) -> Iterator[Piece]:
         """A parameter that ranks share by rows: each has a stretch of each stacked part."""
         info = self.manifest.parameters[name]
         stacked = prod(info.shape) // info.partition_parts
@@ -93,7 +93,7 @@ class NativeWeights:
             yield from self._part(name, rank, part * each + offset, take)
             at += take
 
-    def _columns(self, name: str, count: int, start: int, length: int) -> Iterator[Buffer]:
+    def _columns(self, name: str, count: int, start: int, length: int) -> Iterator[Piece]:
         """A matrix that ranks share by columns: whole rows are put together, some at a time."""
         info = self.manifest.parameters[name]
         assert info.partition_dim == 1 and info.partition_parts == 1, f"{name} is cut in a new way"
@@ -110,7 +110,7 @@ class NativeWeights:
                 pieces.append(torch.frombuffer(data, dtype=dtype).view(rows, own))
             yield as_bytes(torch.cat(pieces, dim=1))
 
-    def _part(self, name: str, rank: int, start: int, length: int) -> Iterator[Buffer]:
+    def _part(self, name: str, rank: int, start: int, length: int) -> Iterator[Piece]:
         """Elements of one tensor-parallel part."""
         size = self.tensors[name].item_bytes
         places = self.reader.places("weights", name, tensor_rank=rank, start=start, length=length)
@@ -122,7 +122,7 @@ class NativeWeights:
                     f"{self.path / place.file}: {name} does not have the {place.held} elements of "
                     f"{size} bytes that the manifest speaks of"
                 )
-            yield from file.chunks(name, place.start * size, (place.start + place.length) * size)
+            yield file.span(name, place.start * size, (place.start + place.length) * size)
 
     def _file(self, name: str) -> TensorFile:
         with self._lock:

@@ -21,20 +21,21 @@ from ghostvis_mega.checkpoint.layout import layout_of
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.convert.assets import Assets, find_assets
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.exporter import (
     ExportOptions,
     ExportPlan,
     about_training,
     finish_export,
     plan_export,
-    tensor_chunks,
+    tensor_pieces,
 )
 from ghostvis_mega.convert.hf_config import choose_format
 from ghostvis_mega.convert.hf_tokenizer import PROBES, check_same_ids, to_tokenizer_json
 from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.output import EXPORT_FILE, new_directory, write_ordered
 from ghostvis_mega.convert.table import LAYOUTS
-from ghostvis_mega.convert.tensor_file import CODES, DTYPES, Buffer, TensorInfo, as_bytes
+from ghostvis_mega.convert.tensor_file import CODES, DTYPES, TensorInfo, as_bytes
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.model.shards import partition_dim, unshard
 from ghostvis_mega.utils.errors import CheckpointError, DataError
@@ -189,7 +190,7 @@ def _part_shape(entry: Entry, count: int) -> list[int]:
 
 def iter_hf_tensors(
     engine: TrainEngine, plan: ExportPlan | None, *, gatherer: Gatherer
-) -> Iterator[tuple[str, Iterator[Buffer]]]:
+) -> Iterator[tuple[str, Iterator[Piece]]]:
     """Names and bytes of all tensors of a plan, in its order; collective.
 
     Args:
@@ -198,20 +199,20 @@ def iter_hf_tensors(
         gatherer: Of this engine.
 
     Yields:
-        A name and its bytes in chunks, which are to be used before the next is asked for.
+        A name and its bytes in pieces, which are to be used before the next is asked for.
     """
     for gathered in gatherer:
         assert plan is not None
         flat = gathered.tensor.view(-1)
 
-        def native_chunks(
+        def native_pieces(
             name: str, start: int, length: int, flat: torch.Tensor = flat
-        ) -> Iterator[Buffer]:
+        ) -> Iterator[Piece]:
             yield as_bytes(flat[start : start + length])
 
-        chunks = tensor_chunks(plan, native_chunks)
+        pieces = tensor_pieces(plan, native_pieces)
         for name in plan.names_of(gathered.entry.native):
-            yield name, chunks(name)
+            yield name, pieces(name)
 
 
 def export_online(
@@ -277,7 +278,7 @@ def _told() -> Iterator[None]:
 
 def _write(
     plan: ExportPlan,
-    tensors: Iterator[tuple[str, Iterator[Buffer]]],
+    tensors: Iterator[tuple[str, Iterator[Piece]]],
     out: Path,
     options: ExportOptions,
     about: dict[str, Any],

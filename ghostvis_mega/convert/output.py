@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_folder import INDEX, SINGLE, read_json
 from ghostvis_mega.convert.tensor_file import (
-    Buffer,
     TensorFileWriter,
     TensorInfo,
     free_bytes,
@@ -31,7 +31,7 @@ SHARD_BYTES = 5_000_000_000
 WRITERS = 4
 """Files that are written, or read for their digests, side by side."""
 
-Stream = Callable[[str], Iterator[Buffer]]
+Stream = Callable[[str], Iterator[Piece]]
 """The bytes of a tensor, by its name."""
 Shard = tuple[str, list[tuple[str, TensorInfo]]]
 """File name and tensors in order."""
@@ -126,7 +126,7 @@ def write_parallel(
 def write_ordered(
     folder: Path,
     shards: Sequence[Shard],
-    tensors: Iterator[tuple[str, Iterator[Buffer]]],
+    tensors: Iterator[tuple[str, Iterator[Piece]]],
 ) -> dict[str, Any]:
     """As `write_parallel`, from one stream that brings the tensors in the order of the files."""
     check_space(folder, shards)
@@ -134,9 +134,9 @@ def write_ordered(
     for name, content in shards:
         with TensorFileWriter(folder / name, content) as file:
             for due, _ in content:
-                came, chunks = next(tensors)
+                came, pieces = next(tensors)
                 assert came == due, f"{came} came where {due} is due"
-                file.write(came, chunks)
+                file.write(came, pieces)
         entries[name] = file.entry()
     return entries
 

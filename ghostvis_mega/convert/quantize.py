@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_config import parts_from_config
 from ghostvis_mega.convert.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from ghostvis_mega.convert.mapping import Parts, entries
@@ -28,7 +29,6 @@ from ghostvis_mega.convert.table import LAYOUTS, VERSION
 from ghostvis_mega.convert.tensor_file import (
     CHUNK_BYTES,
     DTYPES,
-    Buffer,
     TensorInfo,
     as_bytes,
     joined,
@@ -137,10 +137,10 @@ def _linear_layers(folder: HFFolder, parts: Parts, ignore: Sequence[str]) -> set
 
 def _stream(
     folder: HFFolder, linear: set[str], scheme: Scheme, errors: list[LayerError]
-) -> Iterator[tuple[str, Iterator[Buffer]]]:
+) -> Iterator[tuple[str, Iterator[Piece]]]:
     for name, info in folder.tensors.items():
         if name not in linear:
-            yield name, folder.chunks(name, 0, info.num_bytes // info.item_bytes)
+            yield name, iter([folder.span(name, 0, info.num_bytes // info.item_bytes)])
             continue
         scales: list[torch.Tensor] = []
         yield name, _quantised(folder, name, scheme, scales, errors)
@@ -153,7 +153,7 @@ def _quantised(
     scheme: Scheme,
     scales: list[torch.Tensor],
     errors: list[LayerError],
-) -> Iterator[Buffer]:
+) -> Iterator[Piece]:
     """The rounded matrix, some rows at a time; its scales go into `scales`."""
     info = folder.tensors[name]
     rows, width = info.shape
@@ -161,7 +161,7 @@ def _quantised(
     signal = noise = largest = 0.0
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        data = joined(folder.chunks(name, row * width, count * width))
+        data = joined([folder.span(name, row * width, count * width)])
         weight_OI = torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(count, width)
         quantised, scale_O1 = scheme.weight(weight_OI)
         scales.append(scale_O1)

@@ -1,16 +1,12 @@
-"""Safetensors files as bytes: read through a memory map without keeping pages, written front to
-back.
+"""Safetensors files as bytes: read by spans, written front to back.
 
 The files are those of the `safetensors` library. Its own calls hold whole tensors; here a tensor
 passes by in chunks, so that memory does not grow with the model.
 """
 
-import contextlib
 import json
-import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,12 +15,11 @@ from typing import Any, Self
 
 import torch
 
+from ghostvis_mega.convert.direct_file import DirectFile, Piece, Span, loaded
 from ghostvis_mega.utils.errors import CheckpointError
-from ghostvis_mega.utils.files import HashingFile
 
 CHUNK_BYTES = 16 << 20
 _LARGEST_HEADER = 100_000_000
-Buffer = bytes | bytearray | memoryview
 
 DTYPES = {
     "F32": torch.float32,
@@ -77,21 +72,22 @@ class TensorFile:
         self.others: set[str] = set()
         """Tensors of types that no weight has, such as buffers of integers."""
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         try:
             self.tensors, self._begin = self._read_header()
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
+            self.close()
             raise CheckpointError(f"{path} is no sound safetensors file: {error}") from error
 
     def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-        total = len(self._map)
-        length = int.from_bytes(self._map[:8], "little")
+        total = os.fstat(self._descriptor).st_size
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         if total < 8 or length > min(_LARGEST_HEADER, total - 8):
             raise ValueError(f"its header would have {length} bytes, the file has {total}")
-        header = json.loads(self._map[8 : 8 + length], object_pairs_hook=_unique_keys)
+        text = os.pread(self._descriptor, length, 8)
+        header = json.loads(text, object_pairs_hook=_unique_keys)
         if not isinstance(header, dict):
             raise ValueError("its header is no mapping")
         header.pop("__metadata__", None)
@@ -118,16 +114,13 @@ class TensorFile:
                 raise ValueError(f"{name} overlaps another tensor")
         return tensors, begins
 
+    def span(self, name: str, start: int, stop: int) -> Span:
+        """Bytes `start` to `stop` of a tensor."""
+        return Span(self._descriptor, self.path, self._begin[name] + start, stop - start)
+
     def chunks(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
-        """Bytes `start` to `stop` of a tensor, piece by piece; a piece is valid until the next."""
-        base = self._begin[name]
-        for at in range(base + start, base + stop, CHUNK_BYTES):
-            end = min(at + CHUNK_BYTES, base + stop)
-            with memoryview(self._map)[at:end] as piece:
-                yield piece
-            # Else the pages of a whole model would count as this process's memory.
-            first = at // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+        """The same, piece by piece; a piece is valid until the next."""
+        return self.span(name, start, stop).chunks(CHUNK_BYTES)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of one tensor; for small ones."""
@@ -137,9 +130,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        # A stream that an error broke off still looks into the map, which then goes with it.
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        os.close(self._descriptor)
 
 
 class TensorFileWriter:
@@ -165,11 +156,10 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.path = path
-        self._file = HashingFile(path)
-        self._pool = ThreadPoolExecutor(1)
+        self._file = DirectFile(path)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, chunks: Iterator[Buffer]) -> None:
+    def write(self, name: str, pieces: Iterator[Piece]) -> None:
         """Append the next tensor.
 
         Raises:
@@ -177,9 +167,9 @@ class TensorFileWriter:
         """
         due, size = self._left.pop()
         assert due == name, f"{name} came where {due} is due"
-        for chunk in chunks:
-            self._file.write_beside(chunk, self._pool)
-            size -= len(chunk)
+        for piece in pieces:
+            self._file.write(piece)
+            size -= len(piece)
         if size:
             raise CheckpointError(f"{self.path}: {name} came with {-size:+d} bytes too many or few")
 
@@ -192,7 +182,6 @@ class TensorFileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown()
         if error is None:
             assert not self._left, f"{self._left[-1][0]} never came"
             self._file.close()
@@ -204,20 +193,20 @@ class TensorFileWriter:
         return {"bytes": self._file.size_bytes, "sha256": self._file.sha256}
 
 
-def cast(chunks: Iterator[Buffer], *, source: str, target: str) -> Iterator[Buffer]:
-    """The same elements as another type, rounded to the nearest; chunks hold whole elements."""
+def cast(pieces: Iterator[Piece], *, source: str, target: str) -> Iterator[Piece]:
+    """The same elements as another type, rounded to the nearest; pieces hold whole elements."""
     if source == target:
-        yield from chunks
+        yield from pieces
         return
-    for chunk in chunks:
+    for chunk in loaded(pieces, size=CHUNK_BYTES):
         values = torch.frombuffer(bytearray(chunk), dtype=DTYPES[source])
         yield as_bytes(values.to(DTYPES[target]))
 
 
-def joined(chunks: Iterator[Buffer]) -> bytearray:
-    """A copy of all chunks, each of which is valid only until the next."""
+def joined(pieces: Iterable[Piece]) -> bytearray:
+    """The bytes of all pieces, copied."""
     found = bytearray()
-    for chunk in chunks:
+    for chunk in loaded(pieces, size=CHUNK_BYTES):
         found += chunk
     return found
 

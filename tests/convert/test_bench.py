@@ -38,7 +38,8 @@ def test_rows_and_exit_code(tmp_path: Path, monkeypatch):
 def in_this_process(what: str, source: Path, out: Path) -> bench.Timed:
     """In the place of `_timed`."""
     bench._step(what, source, out)
-    return bench.Timed(seconds=1.0, memory_gb=0.1 if what == "copy" else 3.0)
+    memory = 0.1 if "copy" in what else 3.0
+    return bench.Timed(seconds=1.0, cpu_seconds=1.0, memory_gb=memory)
 
 
 def test_a_changed_bit_and_a_missed_bar_are_told(tmp_path: Path, monkeypatch):
