@@ -1,11 +1,16 @@
-"""What every test shares: the device environment and the skip of GPU tests."""
+"""What tests share: the device environment, the skip of GPU tests, groups and a dataset."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ghostvis_mega.parallel.groups import Groups
 
 # Before torch or DeepSpeed is imported: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +29,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="module")
+def groups() -> "Iterator[Groups]":
+    """Process groups of size one in the test process, which Megatron-Core's layers want even alone;
+    they are gone after the module's tests."""
+    import torch
+    import torch.distributed as dist
+
+    from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
+    from ghostvis_mega.parallel.groups import build_groups, destroy_groups
+    from ghostvis_mega.parallel.plan import Degrees
+
+    if torch.cuda.is_available():
+        pytest.skip("tests the CPU layers; run with CUDA_VISIBLE_DEVICES='' on this machine")
+    apply_cpu_shim()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    degrees = Degrees(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1)
+    try:
+        yield build_groups(degrees, seed=1)
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ghostvis_mega.utils.launch import RankError, RankHang, run_ranks
+from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, run_ranks
 
 __all__ = ["ROOT", "RankError", "RankHang", "launch", "write_result"]
 
@@ -37,7 +37,7 @@ def launch(
         ranks=ranks,
         timeout_s=timeout_s,
         folder=folder,
-        environment={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        environment={"OMP_NUM_THREADS": "1", **device_environment("cpu")},
     )
     result = folder / "result.json"
     return json.loads(result.read_text()) if result.exists() else None

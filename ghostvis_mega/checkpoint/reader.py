@@ -4,14 +4,14 @@ from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ghostvis_mega.checkpoint.manifest import Kind, digest_problem, read_manifest
 from ghostvis_mega.model.shards import unshard
+from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
 
 
@@ -26,7 +26,7 @@ class Place:
     """Elements that the tensor should have in all."""
 
 
-class CheckpointReader:
+class CheckpointReader(Closing):
     """An open checkpoint; use it in a `with` statement.
 
     Args:
@@ -50,15 +50,8 @@ class CheckpointReader:
         for places in self._index.values():
             places.sort()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close its files."""
         self._files.clear()
         self._open.close()
 

@@ -13,7 +13,7 @@ from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.hardware import has_cuda_device
-from ghostvis_mega.utils.launch import RankError, RankHang, run_ranks
+from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, run_ranks
 from ghostvis_mega.utils.logging import setup_logging
 
 BENCH_DETERMINISM_HELP = """Run twice with train.deterministic and once without; compare every bit.
@@ -75,24 +75,23 @@ def bench_determinism(
                 processes=processes,
                 timeout_s=timeout_s,
                 folder=Path(folder),
-                on_gpu=run.train.device != "cpu" and has_cuda_device(),
+                device="cuda" if run.train.device != "cpu" and has_cuda_device() else "cpu",
             )
         rows = _rows(Path(folder))
     conclude(rows, title=f"{steps} steps of {config}", as_json=as_json)
 
 
 def _launch(
-    name: str, argv: list[str], *, processes: int, timeout_s: float, folder: Path, on_gpu: bool
+    name: str, argv: list[str], *, processes: int, timeout_s: float, folder: Path, device: str
 ) -> None:
     """One of the three runs, to its end."""
-    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     try:
         run_ranks(
             ["-m", "ghostvis_mega", *argv],
             ranks=processes,
             timeout_s=timeout_s,
             folder=folder / name,
-            environment={FILE_VARIABLE: str(folder / f"{name}.json"), **hidden},
+            environment={FILE_VARIABLE: str(folder / f"{name}.json"), **device_environment(device)},
             first_output=2,
         )
     except (RankError, RankHang) as failure:

@@ -13,7 +13,7 @@ import typer
 from ghostvis_mega.cli.check import DeviceName
 from ghostvis_mega.cli.output import conclude
 from ghostvis_mega.utils.figures import Figure, at_most
-from ghostvis_mega.utils.launch import RankError, RankHang, run_ranks
+from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, run_ranks
 from ghostvis_mega.utils.logging import setup_logging
 
 STRESS_HELP = """Train a tiny model on the worst batches in turn and compare what the ranks call.
@@ -115,15 +115,13 @@ def _start(job: Any, *, processes: int, device: str, timeout_s: float) -> list[F
     write_datasets(job.folder / "data")
     write_deepspeed_files(job)
     own = {FOLDER_VARIABLE: str(job.folder), "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     try:
         run_ranks(
             ["-m", "ghostvis_mega", *sys.argv[1:]],
             ranks=processes,
             timeout_s=timeout_s + _START_UP_S,
             folder=job.folder / "ranks",
-            environment=own,
+            environment=own | device_environment(device),
             first_output=2,
         )
     except (RankError, RankHang) as failure:

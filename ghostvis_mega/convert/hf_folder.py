@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ghostvis_mega.convert.direct_file import Span
 from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.table import IGNORED, LAYOUTS, Layout
 from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, TensorFile, TensorInfo
+from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class HFFolder:
+class HFFolder(Closing):
     """The tensors of a directory; use it in a `with` statement.
 
     Raises:
@@ -98,17 +98,6 @@ class HFFolder:
             if self._file_of.get(tensor) != name and tensor not in self._files[name].others:
                 raise CheckpointError(f"{self.path / INDEX} puts {tensor} into {name}, which "
                                       "does not hold it")  # fmt: skip
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the files."""

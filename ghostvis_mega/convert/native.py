@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from pydantic import JsonValue, ValidationError
@@ -24,13 +23,14 @@ from ghostvis_mega.convert.tensor_file import (
     as_bytes,
     joined,
 )
+from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
 
 VOCAB_KEY = "hf_vocab_size"
 """In `extra` of a manifest: rows of the vocabulary that are no padding."""
 
 
-class NativeWeights:
+class NativeWeights(Closing):
     """The weights of an open checkpoint; use it in a `with` statement.
 
     Raises:
@@ -51,16 +51,9 @@ class NativeWeights:
                 raise CheckpointError(f"{path}: {name} is {info.dtype}, which is no weight's type")
             self.tensors[name] = TensorInfo(codes[info.dtype], tuple(info.shape))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.reader.__exit__(kind, error, trace)
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self.reader.close()
         for file in self._files.values():
             file.close()
 

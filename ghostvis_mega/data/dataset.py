@@ -11,8 +11,6 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -30,6 +28,7 @@ from ghostvis_mega.data.layout import (
 )
 from ghostvis_mega.data.manifest import RECORD_BYTES, Manifest, find_problems, read_manifest
 from ghostvis_mega.data.tokenizer import Tokenizer
+from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import DataError
 
 _ADVICE = "run `python -m tools.preprocess verify` and copy or ingest the dataset again"
@@ -70,7 +69,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
 
 
-class Dataset:
+class Dataset(Closing):
     """Read access to one `NAME.gvd`."""
 
     def __init__(self, path: Path, manifest: Manifest):
@@ -370,14 +369,3 @@ class Dataset:
         for descriptor in self._shards.values():
             os.close(descriptor)
         self._shards.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

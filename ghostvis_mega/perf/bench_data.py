@@ -25,8 +25,8 @@ from ghostvis_mega.data.ingest import Source, ingest
 from ghostvis_mega.data.layout import shard_name
 from ghostvis_mega.data.order import hash_u64
 from ghostvis_mega.data.plan import build_plan, save_plan
+from ghostvis_mega.data.readers.tars import walk_tar
 from ghostvis_mega.data.source import BatchSource
-from ghostvis_mega.data.tars import tar_members
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.data.tokenizer import train_tokenizer
 from ghostvis_mega.perf.bench_energon import Energon, EnergonSpeed, measure_energon
@@ -222,7 +222,7 @@ def _tar(folder: Path) -> Iterator[Figure]:
     spent = []
     for _ in range(3):
         began = time.process_time()
-        found = sum(1 for _ in tar_members(tar))
+        found = sum(1 for _ in walk_tar(tar))
         spent.append(time.process_time() - began)
     assert found == count
     yield at_least("index of a tar", count / min(spent), _MEMBERS, 100_000)

@@ -68,6 +68,11 @@ class Frame:
         return f"{self.function} ({self.path.rsplit('/', 1)[-1]}:{self.line})"
 
 
+def device_environment(device: str) -> dict[str, str]:
+    """Variables that hide GPUs from a process on the `cpu`; none for other devices."""
+    return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+
+
 def launch_self(
     argv: Sequence[str],
     *,
@@ -92,9 +97,7 @@ def launch_self(
     Returns:
         0; else the code of the first rank that failed, or `EXIT_HANG`.
     """
-    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if device == "cpu":
-        own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with tempfile.TemporaryDirectory(prefix="ghostvis-ranks-") as folder:
         try:
             run_ranks(
@@ -102,7 +105,7 @@ def launch_self(
                 ranks=processes,
                 timeout_s=timeout_s,
                 folder=Path(folder),
-                environment=own | dict(environment or {}),
+                environment=threads | device_environment(device) | dict(environment or {}),
                 first_output=1,
             )
         except RankHang as hang:

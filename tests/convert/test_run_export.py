@@ -14,7 +14,6 @@ from ghostvis_mega.cli.main import app
 from ghostvis_mega.parallel.groups import Groups
 from tests.convert.demo_answers import both
 from tests.launch import ROOT
-from tests.model.conftest import groups  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_the_command_writes_the_same_files(run: Path, easy_vqa: Path, tmp_path: 
     ]
 
 
-def test_transformers_answers_as_we_do(run: Path, easy_vqa: Path, groups: Groups):  # noqa: F811
+def test_transformers_answers_as_we_do(run: Path, easy_vqa: Path, groups: Groups):
     checkpoint, export = run / "checkpoints/step-00000003", run / "hf/step-00000003"
     data = easy_vqa / "test.gvd"
     answers = both(checkpoint, export, data, groups, count=8, length=6)

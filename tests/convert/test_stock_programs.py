@@ -26,7 +26,6 @@ from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.cases import IMAGE, build, save
 from tests.convert.native_model import NativeModel
-from tests.model.conftest import groups  # noqa: F401 - a fixture
 
 VLMS = (
     "llava-siglip",
@@ -97,7 +96,7 @@ def inputs_of(tokens: list[int], ids: tuple[int, ...], width: int, name: str) ->
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_a_vision_language_model_scores_and_answers_alike(exports, groups: Groups, name: str):  # noqa: F811
+def test_a_vision_language_model_scores_and_answers_alike(exports, groups: Groups, name: str):
     native, out = exports[name]
     ours, theirs = NativeModel(native, groups), load(AutoModelForImageTextToText, out, name)
     width = ours.config.tokens_per_image
@@ -117,7 +116,7 @@ def test_a_vision_language_model_scores_and_answers_alike(exports, groups: Group
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_model_scores_and_answers_alike(exports, groups: Groups, name: str):  # noqa: F811
+def test_a_text_model_scores_and_answers_alike(exports, groups: Groups, name: str):
     native, out = exports[name]
     ours, theirs = NativeModel(native, groups), load(AutoModelForCausalLM, out, name)
     tokens = [7, 30, 41, 9, 100, 64]
@@ -155,7 +154,7 @@ def test_a_tower_gives_the_same_features(exports, name: str):
 
 
 @pytest.mark.parametrize("name", ["llava-siglip", "perceiver-siglip", "avgpool-siglip-norm"])
-def test_every_stage_of_the_vision_side_is_the_same(exports, groups: Groups, name: str):  # noqa: F811
+def test_every_stage_of_the_vision_side_is_the_same(exports, groups: Groups, name: str):
     native, out = exports[name]
     ours = NativeModel(native, groups).encoder
     theirs = load(AutoModelForImageTextToText, out, name).model
@@ -193,7 +192,7 @@ def _broken_runs(kind: str):
 @pytest.mark.parametrize("kind", ["qkv", "bias", "swapped", "nothing"])
 def test_faults_of_the_table_break_the_scores(
     exports,
-    groups: Groups,  # noqa: F811
+    groups: Groups,
     tmp_path: Path,
     monkeypatch,
     kind: str,

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.generate.models import Made
-from tests.model.conftest import groups  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="session")

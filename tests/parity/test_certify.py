@@ -26,7 +26,7 @@ from ghostvis_mega.perf.certify.own_settings import checked
 from ghostvis_mega.perf.certify.report import Outcome, exit_code, markdown, summary
 from ghostvis_mega.perf.certify.request import Entry, Request, own_entries
 from ghostvis_mega.perf.certify.truth import Truth
-from ghostvis_mega.utils.launch import EXIT_HANG
+from ghostvis_mega.utils.launch import EXIT_HANG, device_environment
 from ghostvis_mega.utils.worst import worst
 from tests.launch import ROOT
 
@@ -357,7 +357,7 @@ def test_a_run_of_ones_own(easy_vqa: Path, tmp_path: Path) -> None:
         + ["--layouts", str(layouts), "--processes", "2", "--only", only, "--json"]
         + ["--output", str(tmp_path / "kept")],
         cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | device_environment("cpu"),
         capture_output=True,
         text=True,
         check=False,
