@@ -46,6 +46,11 @@ def _llm_problems(llm: LLMConfig) -> Iterator[str]:
             f"model.llm.num_kv_heads={llm.num_kv_heads} does not divide "
             f"model.llm.num_heads={llm.num_heads}. Use {choices(divisors(llm.num_heads))}."
         )
+    if llm.vocab_padding >= llm.vocab_size:
+        yield (
+            f"model.llm.vocab_padding={llm.vocab_padding} leaves no token of "
+            f"model.llm.vocab_size={llm.vocab_size}, which counts the padding as well. Use less."
+        )
     if llm.head_dim % 2:
         yield (
             f"model.llm.head_dim={llm.head_dim} is odd, but rotary positions turn pairs. "

@@ -54,9 +54,17 @@ class LLMConfig(Section):
     qkv_bias: bool = True
     tied_embeddings: bool = True
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    vocab_padding: NonNegative = 0
+    """Rows at the end of `vocab_size` that stand for no token, where tensor parallelism must divide
+    it: zeros that are neither scored nor trained, and that exports leave out."""
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of hidden values dropped in training, before the first layer and after each attention
     and MLP. The mask is the same in every layout; rates are rounded to 1/65536."""
+
+    @property
+    def vocab_tokens(self) -> int:
+        """Rows of the vocabulary that stand for a token."""
+        return self.vocab_size - self.vocab_padding
 
 
 class VisionConfig(Section):

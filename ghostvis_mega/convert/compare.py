@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from ghostvis_mega.checkpoint.manifest import MANIFEST_FILE
-from ghostvis_mega.convert.direct_file import Buffer, loaded
+from ghostvis_mega.convert.direct_file import Buffer
 from ghostvis_mega.convert.hf_config import parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import entries
 from ghostvis_mega.convert.native import NativeWeights
 from ghostvis_mega.convert.output import EXPORT_FILE, export_damage
 from ghostvis_mega.convert.table import LAYOUTS
-from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, DTYPES, TensorInfo
+from ghostvis_mega.convert.tensor_file import DTYPES, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
 
 _CANONICAL = LAYOUTS["llava"]
@@ -56,7 +56,7 @@ def _native(weights: NativeWeights) -> Named:
     def chunks(name: str) -> Iterator[Buffer]:
         entry, index = places[name]
         for start, length in entry.native_runs(index):
-            yield from loaded(weights.pieces(entry.native, start, length), size=CHUNK_BYTES)
+            yield from weights.chunks(entry.native, start, length)
 
     return Named(weights.path, infos, chunks)
 

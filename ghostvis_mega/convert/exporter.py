@@ -55,7 +55,7 @@ class ExportOptions:
         format: `auto`, or one of `hf_config.FORMATS`.
         dtype: `auto` keeps each tensor's type; `fp32` and `bf16` round to the nearest.
         assets: Tokenizer and template.
-        vocab_size: Rows of the vocabulary to write; None: all, or those that an import had.
+        vocab_size: Rows of the vocabulary to write; None: all but padding.
         shard_bytes: Largest file.
         force: Replace an existing directory.
         check: Compare the checkpoint's files with their digests meanwhile.
@@ -109,8 +109,6 @@ def plan_export(
     parts: Parts,
     native: dict[str, TensorInfo],
     options: ExportOptions,
-    *,
-    hf_vocab: int | None,
 ) -> ExportPlan:
     """Decide what is written.
 
@@ -118,7 +116,6 @@ def plan_export(
         parts: The model.
         native: Type and shape of our parameters by name.
         options: Asked for.
-        hf_vocab: Rows of the vocabulary that are no padding, where that is known.
 
     Raises:
         CheckpointError: The format cannot hold the model, or something it needs is not given.
@@ -129,7 +126,7 @@ def plan_export(
     found = find_assets(options.assets)
     vocab = 0
     if parts.llm is not None:
-        vocab = options.vocab_size or hf_vocab or parts.llm.vocab_size
+        vocab = options.vocab_size or parts.llm.vocab_tokens
         if not found.vocab_size <= vocab <= parts.llm.vocab_size:
             raise CheckpointError(
                 f"--vocab-size {vocab} is not between the tokenizer's {found.vocab_size} ids and "
@@ -173,7 +170,7 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
     """
     with ExitStack() as stack:
         weights = stack.enter_context(NativeWeights(checkpoint))
-        plan = plan_export(weights.parts, weights.tensors, options, hf_vocab=weights.hf_vocab)
+        plan = plan_export(weights.parts, weights.tensors, options)
         # Against the whole vocabulary: rows of padding are not written, but are there.
         whole = entries(weights.parts, LAYOUTS[plan.form])
         weights.check(whole, modules=_MODULES[plan.form])

@@ -17,7 +17,7 @@ from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import Entry, Parts
-from ghostvis_mega.convert.native import VOCAB_KEY, layout_of_parts
+from ghostvis_mega.convert.native import layout_of_parts
 from ghostvis_mega.convert.output import Shard, new_directory, write_parallel
 from ghostvis_mega.convert.table import VERSION
 from ghostvis_mega.convert.tensor_file import (
@@ -113,7 +113,7 @@ def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Pat
             for tensor in _plan(folder, own, parts, options):
                 tensors[tensor.entry.native] = tensor
         with new_directory(out, force=options.force) as temporary:
-            _write(temporary, tensors, parts, folders, given, options)
+            _write(temporary, tensors, parts, folders, options)
     held = sum(prod(tensor.info.shape) for tensor in tensors.values())
     log.info("imported %d tensors, %d parameters into %s", len(tensors), held, out)
     return out
@@ -137,7 +137,7 @@ def _adjust(parts: Parts, options: ImportOptions) -> Parts:
     llm, vision = parts.llm, parts.vision
     if llm is not None and options.vocab_multiple > 1:
         rows = -(-llm.vocab_size // options.vocab_multiple) * options.vocab_multiple
-        llm = llm.model_copy(update={"vocab_size": rows})
+        llm = llm.model_copy(update={"vocab_size": rows, "vocab_padding": rows - llm.vocab_size})
     changes = {
         "image_size": options.image_size,
         "feature_layer": options.feature_layer,
@@ -215,7 +215,6 @@ def _write(
     tensors: dict[str, _Tensor],
     parts: Parts,
     folders: Sequence[HFFolder],
-    given: Sequence[Parts],
     options: ImportOptions,
 ) -> None:
     shards: list[Shard] = []
@@ -240,9 +239,6 @@ def _write(
             "dtype": options.dtype,
         }
     }
-    vocab = [own.llm.vocab_size for own in given if own.llm is not None]
-    if parts.llm is not None and vocab != [parts.llm.vocab_size]:
-        extra[VOCAB_KEY] = vocab[0]
     write_manifest(
         folder,
         {

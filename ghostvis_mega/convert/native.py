@@ -12,7 +12,7 @@ from pydantic import JsonValue, ValidationError
 
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, VisionConfig
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.direct_file import Buffer, Piece, loaded
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.tensor_file import (
     CHUNK_BYTES,
@@ -25,9 +25,6 @@ from ghostvis_mega.convert.tensor_file import (
 )
 from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
-
-VOCAB_KEY = "hf_vocab_size"
-"""In `extra` of a manifest: rows of the vocabulary that are no padding."""
 
 
 class NativeWeights(Closing):
@@ -59,9 +56,8 @@ class NativeWeights(Closing):
 
     @property
     def hf_vocab(self) -> int | None:
-        """Rows of the vocabulary that are no padding, where the checkpoint knows it."""
-        value = self.manifest.extra.get(VOCAB_KEY)
-        return value if isinstance(value, int) else None
+        """Rows of the vocabulary that are no padding; None without a language model."""
+        return None if self.parts.llm is None else self.parts.llm.vocab_tokens
 
     def pieces(self, name: str, start: int, length: int) -> Iterator[Piece]:
         """Elements of a parameter, row-major in the whole of it."""
@@ -72,6 +68,10 @@ class NativeWeights(Closing):
             yield from self._rows(name, count, start, length)
         else:
             yield from self._columns(name, count, start, length)
+
+    def chunks(self, name: str, start: int, length: int) -> Iterator[Buffer]:
+        """The same as bytes, each piece valid until the next."""
+        return loaded(self.pieces(name, start, length), size=CHUNK_BYTES)
 
     def _rows(self, name: str, count: int, start: int, length: int) -> Iterator[Piece]:
         """A parameter that ranks share by rows: each has a stretch of each stacked part."""

@@ -243,7 +243,7 @@ def export_online(
     def plan() -> None:
         parts = Parts.of(engine.run.model)
         with _told():
-            plans.append(plan_export(parts, gatherer.infos, options, hf_vocab=None))
+            plans.append(plan_export(parts, gatherer.infos, options))
 
     on_first_rank(plan)
     tensors = iter_hf_tensors(engine, plans[0] if plans else None, gatherer=gatherer)

@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import nn
 
-from ghostvis_mega.model.shards import canonical_name, partition_dim, shard
+from ghostvis_mega.model.shards import VOCABULARIES, canonical_name, partition_dim, shard
 
 
 def name_seed(seed: int, name: str) -> int:
@@ -42,6 +42,7 @@ def initialize(
     tensor_size: int = 1,
     tensor_rank: int = 0,
     gated: bool = True,
+    vocab_tokens: int | None = None,
 ) -> None:
     """Fill parameters in place: norms with ones, biases with zeros, the rest with N(0, std).
 
@@ -49,6 +50,7 @@ def initialize(
         parameters: (global name, local parameter or shard of it).
         std: Standard deviation of matrices and embeddings.
         tensor_size: Tensor-parallel degree that the shards come from.
+        vocab_tokens: Rows of embedding and head behind these are padding, and zero.
     """
     for raw_name, parameter in parameters:
         name = canonical_name(raw_name)
@@ -63,6 +65,8 @@ def initialize(
                 else parameter.shape
             )
             full = _draw(shape, name=name, seed=seed, std=std, device=parameter.device)
+            if name in VOCABULARIES and vocab_tokens is not None:
+                full[vocab_tokens:] = 0.0
             parameter.copy_(shard(full, name, size=tensor_size, rank=tensor_rank, gated=gated))
 
 

@@ -116,6 +116,7 @@ class LLMChunk(MegatronModule):
             tensor_size=self.tp_group.size(),
             tensor_rank=self.tp_group.rank(),
             gated=self.config.gated_linear_unit,
+            vocab_tokens=self.llm.vocab_tokens,
         )
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
@@ -196,7 +197,10 @@ class LLMChunk(MegatronModule):
         return self.head if hasattr(self, "head") else self.embedding
 
     def logits(self, hidden_SBH: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Scores of this rank's part of the vocabulary at flat S*B positions: [R, V]."""
+        """Scores of this rank's part of the vocabulary at flat S*B positions: [R, V].
+
+        Those of padding are -inf: it takes no probability and gets no gradient.
+        """
         if self.config.sequence_parallel:
             # The backward of this gather sums over the tensor ranks, each of which has part of the
             # vocabulary.
@@ -209,7 +213,12 @@ class LLMChunk(MegatronModule):
             picked_RH = mappings.copy_to_tensor_model_parallel_region(
                 picked_RH, group=self.tp_group
             )
-        return self.output(picked_RH, as_head=True)
+        scores_RV = self.output(picked_RH, as_head=True)
+        if self.llm.vocab_padding:
+            first = self.tp_group.rank() * scores_RV.shape[1]
+            rows_V = torch.arange(first, first + scores_RV.shape[1], device=scores_RV.device)
+            scores_RV = scores_RV.masked_fill(rows_V >= self.llm.vocab_tokens, float("-inf"))
+        return scores_RV
 
     def loss_sum(self, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
         """Weighted sum of the cross-entropy over the trained positions, fp32 scalar.

@@ -8,6 +8,9 @@ import re
 
 import torch
 
+VOCABULARIES = ("embedding.weight", "head.weight")
+"""Parameters with a row for each token."""
+
 _TE_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",

@@ -115,10 +115,11 @@ def _data_problems(cfg: RunConfig) -> list[str]:
 
 def _model_fit_problems(cfg: RunConfig, train: datasets.Manifest) -> list[str]:
     problems = []
-    size, room = train.tokenizer.vocab_size, cfg.model.llm.vocab_size
+    size, room = train.tokenizer.vocab_size, cfg.model.llm.vocab_tokens
     if size > room:
+        less = " - vocab_padding" if cfg.model.llm.vocab_padding else ""
         problems.append(
-            f"model.llm.vocab_size={room} is smaller than the tokenizer of data.train="
+            f"model.llm.vocab_size{less}={room} is smaller than the tokenizer of data.train="
             f"{cfg.data.train}, which has {size} tokens. Use at least {size}, or tokenise the data "
             "with another tokenizer."
         )
