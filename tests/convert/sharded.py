@@ -10,10 +10,16 @@ from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.perf.certify.problem import MODEL
 from tests.convert.cases import ATTENTION, IMAGE, TEXT, TOWER, randomise, save
 
-VOCAB, PADDED = 157, 158
+VOCAB, PADDED = 157, 320
+"""So much padding that the second of two tensor-parallel ranks has nothing else."""
 SIDE = 16
 NEW_TOKENS = 5
-_LLM = MODEL["llm"] | {"vocab_size": PADDED, "max_positions": 128, "norm_eps": 1e-6}
+_LLM = MODEL["llm"] | {
+    "vocab_size": PADDED,
+    "vocab_padding": PADDED - VOCAB,
+    "max_positions": 128,
+    "norm_eps": 1e-6,
+}
 _MODEL = {
     "llm": _LLM,
     "vision": MODEL["vision"] | {"num_layers": 2},
@@ -75,5 +81,5 @@ def prepare(kind: str, folder: Path) -> tuple[LlavaForConditionalGeneration, Pat
     """The stock model, its directory, and beside it the imported checkpoint."""
     model = stock(kind)
     source = save(model, folder / f"{kind}-hf")
-    import_hf([source], folder / f"{kind}-native", ImportOptions(vocab_multiple=2))
+    import_hf([source], folder / f"{kind}-native", ImportOptions(vocab_multiple=PADDED))
     return model, source

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.convert.exporter import export_hf
 from ghostvis_mega.convert.native import NativeWeights
 from tests.convert.cases import different, tensors_of
-from tests.convert.sharded import IMAGE, NEW_TOKENS, PROMPTS, VOCAB, pictures, prepare
+from tests.convert.sharded import IMAGE, NEW_TOKENS, PADDED, PROMPTS, VOCAB, pictures, prepare
 from tests.convert.worker import CASES, OPTIONS
 from tests.launch import launch
 
 pytestmark = pytest.mark.world_size(4)
 NAMES = [case.name for case in CASES]
-CUT = ExportOptions(assets=OPTIONS.assets, vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def kind_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_imported_comes_back_from_every_layout(results, stock, tmp_path: Path, name: str):
-    out = export_hf(Path(results[name]["saved"]), tmp_path / "out", CUT)
+    out = export_hf(Path(results[name]["saved"]), tmp_path / "out", OPTIONS)
     _, source = stock[kind_of(name)]
     assert different(tensors_of(source), tensors_of(out)) == []
 
@@ -104,6 +104,16 @@ def test_a_step_of_training_changes_the_export_alike_in_all_layouts(
         torch.testing.assert_close(found[tensor], wanted[tensor], rtol=1e-4, atol=1e-5)
     moved = [t for t in wanted if not torch.equal(before[t], wanted[t])]
     assert len(moved) > 60
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_zero_and_stays_zero_in_every_layout(results, name: str):
+    for step in ("saved", "trained"):
+        with CheckpointReader(Path(results[name][step])) as reader:
+            for table in ("embedding.weight", "head.weight"):
+                if table in reader.manifest.parameters:
+                    rows = reader.weight(table)
+                    assert len(rows) == PADDED and rows[:VOCAB].any() and not rows[VOCAB:].any()
 
 
 def test_tied_models_have_no_head_of_their_own(results, folder: Path):

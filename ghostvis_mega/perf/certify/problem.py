@@ -188,7 +188,7 @@ def make_rows(
     size = run.model.vision.image_size if run.model.vision else 1
     rows, pictures = [], {}
     for row, shown in enumerate(SHOWN[kind]):
-        tokens = torch.randint(8, run.model.llm.vocab_size, (length,), generator=generator)
+        tokens = torch.randint(8, run.model.llm.vocab_tokens, (length,), generator=generator)
         slots, at = [], 1
         for number in shown:
             image = 10 * step + number
