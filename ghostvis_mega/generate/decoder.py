@@ -9,7 +9,7 @@ rank), D head dim, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,13 @@ class Decoder:
             down_weight=self._weight(f"{name}mlp.linear_fc2.weight"),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's weights that a step reads whole."""
+        parts = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
+        held = [*parts, self.final_norm_H, self.head_VH]
+        return sum(part.numel() * part.element_size() for part in held if part is not None)
+
     def cache(self, rows: int, length: int) -> KVCache:
         """An empty cache of `rows` rows with `length` positions each."""
         shape = (len(self.layers), rows, self.num_groups, length, self.llm.head_dim)
@@ -165,7 +172,8 @@ class Decoder:
             Final hidden states [B, S, H].
         """
         count, length, _ = hidden_BSH.shape
-        places = slice(0, count) if rows is None else rows
+        # One tensor for all layers: a list would be sent to the device by each of them.
+        places = torch.tensor(range(count) if rows is None else rows, device=self.device)
 
         rotary_ND = self.rotary_TD[:length].repeat(count, 1)
 

@@ -12,8 +12,9 @@ import torch
 
 from ghostvis_mega.config.schema import ModelConfig
 from ghostvis_mega.generate.decoder import Decoder
+from ghostvis_mega.generate.kernels import Kernels
 from ghostvis_mega.generate.pictures import PictureEncoder
-from ghostvis_mega.generate.rows import Rows
+from ghostvis_mega.generate.rows import GPU_WINDOW, Rows
 from ghostvis_mega.generate.sampling import Modes, Sampling, SamplingError
 
 MAX_ROWS = 32
@@ -142,6 +143,8 @@ class Engine:
         vocab: Rows of the vocabulary that are no padding.
         choices: Tokens that may come, where the tokenizer has fewer than the model.
         max_rows: Answers that are decoded side by side.
+        window: Decoding steps between two looks for the end of answers; None: what suits the
+            device.
         graphs: Record decoding steps as CUDA graphs; None: where there is a GPU.
     """
 
@@ -156,14 +159,21 @@ class Engine:
         vocab: int | None = None,
         choices: int | None = None,
         max_rows: int = MAX_ROWS,
+        window: int | None = None,
         graphs: bool | None = None,
     ):
         self.model, self.decoder, self.pictures, self.codec = model, decoder, pictures, codec
         self.image_token, self.max_rows = image_token, max_rows
         self.vocab = vocab or model.llm.vocab_size
         self.choices = min(choices or self.vocab, self.vocab)
-        self.graphs = decoder.device.type == "cuda" if graphs is None else graphs
+        on_gpu = decoder.device.type == "cuda"
+        self.window = window or (GPU_WINDOW if on_gpu else 1)
+        self.graphs = on_gpu if graphs is None else graphs
         self._rows: Rows | None = None
+
+    def use(self, kernels: Kernels, *, graphs: bool) -> None:
+        """Decode with other kernels from now on; what was recorded is forgotten."""
+        self.decoder.kernels, self.graphs, self._rows = kernels, graphs, None
 
     @torch.no_grad()
     def generate(
@@ -234,6 +244,7 @@ class Engine:
                 **needed,
                 vocab=self.vocab,
                 choices=self.choices,
+                window=self.window,
                 graphs=self.graphs,
             )
         return self._rows

@@ -32,6 +32,7 @@ def load_engine(
     choices: int | None = None,
     max_rows: int = MAX_ROWS,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    window: int | None = None,
     graphs: bool | None = None,
     check: bool = True,
 ) -> Engine:
@@ -71,13 +72,19 @@ def load_engine(
         vocab=source.vocab,
         choices=choices,
         max_rows=max_rows,
+        window=window,
         graphs=graphs,
     )
 
 
 def default_kernels(model: ModelConfig, device: torch.device) -> Kernels:
-    """Fused ones on a GPU where they fit the model."""
-    return TorchKernels()
+    """Fused ones on a GPU, where they fit the model."""
+    size = model.llm.head_dim
+    if device.type != "cuda" or size < 16 or size & (size - 1):
+        return TorchKernels()
+    from ghostvis_mega.generate.triton_kernels import TritonKernels
+
+    return TritonKernels()
 
 
 def _encoder(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> VisionEncoder:

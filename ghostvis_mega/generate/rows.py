@@ -13,8 +13,8 @@ from ghostvis_mega.generate.sampling import Modes, RowOptions, Sampling, choose
 
 log = logging.getLogger(__name__)
 
-WINDOW = 8
-"""Decoding steps between two looks at what came out: the host waits for the device only then."""
+GPU_WINDOW = 8
+"""Decoding steps between two looks at what came out: the host waits for a GPU only then."""
 _LENGTH_MULTIPLE = 256
 
 
@@ -28,6 +28,7 @@ class Rows:
         draws: Longest answer.
         vocab: Rows of the model's vocabulary that are no padding.
         choices: Tokens that may come: the first ones of these.
+        window: Decoding steps between two looks at what came out.
         graphs: Record steps as CUDA graphs.
     """
 
@@ -40,26 +41,28 @@ class Rows:
         draws: int,
         vocab: int,
         choices: int,
+        window: int,
         graphs: bool,
     ):
         device = decoder.device
         self.decoder, self.count, self.vocab, self.graphs = decoder, rows, vocab, graphs
-        self.length = -(-(length + WINDOW) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        self.window = window
+        self.length = -(-(length + window) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         self.draws = draws
         self.cache = decoder.cache(rows, self.length)
-        self.options = RowOptions(rows, length=draws + WINDOW + 1, vocab=choices, device=device)
+        self.options = RowOptions(rows, length=draws + window + 1, vocab=choices, device=device)
         self.tokens_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths_R = torch.zeros_like(self.tokens_R)
         self.steps_R = torch.zeros_like(self.tokens_R)
         self.active_R = torch.zeros_like(self.tokens_R)
-        self.out_tokens_RW = torch.zeros(rows, WINDOW, dtype=torch.int64, device=device)
-        self.out_logprobs_RW = torch.zeros(rows, WINDOW, device=device)
+        self.out_tokens_RW = torch.zeros(rows, window, dtype=torch.int64, device=device)
+        self.out_logprobs_RW = torch.zeros(rows, window, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._recorded: dict[tuple[int, Modes], torch.cuda.CUDAGraph] = {}
 
     def fits(self, *, rows: int, length: int, draws: int) -> bool:
         """Whether answers of such sizes fit."""
-        return rows <= self.count and length + WINDOW <= self.length and draws <= self.draws
+        return rows <= self.count and length + self.window <= self.length and draws <= self.draws
 
     def start(
         self,
@@ -109,7 +112,7 @@ class Rows:
         count = min(1 << (count - 1).bit_length(), self.count)
         self._column.zero_()
         graph = self._graph(count, modes) if self.graphs else None
-        for _ in range(WINDOW):
+        for _ in range(self.window):
             if graph is None:
                 self._step(count, modes)
             else:

@@ -174,13 +174,13 @@ def _draw(
     scores_RV: torch.Tensor, steps_R: torch.Tensor, options: RowOptions, *, orders: bool
 ) -> torch.Tensor:
     # A row that takes the best token is computed along and not used.
-    temperature_R1 = options.temperature_R.where(options.temperature_R > 0, 1.0)[:, None]
+    temperature_R1 = options.temperature_R.masked_fill(options.temperature_R == 0, 1.0)[:, None]
     scores_RV = scores_RV / temperature_R1
     if orders:
         scores_RV = _best_only(scores_RV, options)
     p_RV = torch.softmax(scores_RV, dim=-1)
     floor_R1 = options.min_p_R[:, None] * p_RV.amax(dim=-1, keepdim=True)
-    p_RV = p_RV.where(p_RV >= floor_R1, 0.0)
+    p_RV = p_RV.masked_fill(p_RV < floor_R1, 0.0)
     sums_RV = p_RV.double().cumsum(dim=-1)
     draws_R1 = options.draws_RM.gather(1, steps_R[:, None])
     found_R1 = torch.searchsorted(sums_RV, draws_R1 * sums_RV[:, -1:], right=True)
