@@ -80,21 +80,6 @@ def transformer_config(
         fp8: Recipe of the linear layers: "none", "delayed", "tensorwise" or "blockwise".
     """
     on_gpu = backend == "te"
-    recompute_settings: dict[str, Any] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    }[recompute]
-    fp8_settings: dict[str, Any] = {}
-    if fp8 != "none":
-        # E4M3 forward, E5M2 for gradients; per block both fit into E4M3.
-        fp8_settings = {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
-        if fp8 == "delayed":
-            fp8_settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return TransformerConfig(
         num_layers=llm.num_layers,
         hidden_size=llm.hidden_size,
@@ -110,21 +95,6 @@ def transformer_config(
         layernorm_epsilon=llm.norm_eps,
         hidden_dropout=llm.hidden_dropout,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline
-        if layout.virtual_pipeline > 1
-        else None,
-        context_parallel_size=layout.context,
-        # Transformer Engine's ring: keys and values travel while attention runs.
-        cp_comm_type="p2p",
-        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
-        # Of two stages the last follows from the first; told both, Megatron-Core divides what is
-        # left by no stages.
-        num_layers_in_last_pipeline_stage=None
-        if layout.pipeline == 2 and layout.first_stage_layers
-        else layout.last_stage_layers,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -143,9 +113,49 @@ def transformer_config(
         apply_rope_fusion=on_gpu,
         # Megatron-Core then leaves out its own kernels that add in any order.
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
-        **recompute_settings,
-        **fp8_settings,
+        **_layout_settings(layout),
+        **_RECOMPUTE_SETTINGS[recompute],
+        **_fp8_settings(fp8),
     )
+
+
+_RECOMPUTE_SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+def _layout_settings(layout: BlockLayout) -> dict[str, Any]:
+    interleaved = layout.virtual_pipeline > 1
+    # Of two stages the last follows from the first; told both, Megatron-Core divides what is left
+    # by no stages.
+    follows = layout.pipeline == 2 and layout.first_stage_layers
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if interleaved else None,
+        "context_parallel_size": layout.context,
+        # Transformer Engine's ring: keys and values travel while attention runs.
+        "cp_comm_type": "p2p",
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": None if follows else layout.last_stage_layers,
+    }
+
+
+def _fp8_settings(fp8: str) -> dict[str, Any]:
+    if fp8 == "none":
+        return {}
+    # E4M3 forward, E5M2 for gradients; per block both fit into E4M3.
+    settings = {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
+    if fp8 == "delayed":
+        settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return settings
 
 
 def block_spec(
