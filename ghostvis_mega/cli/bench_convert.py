@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.figures import Figure
 from ghostvis_mega.utils.logging import setup_logging
@@ -30,7 +30,7 @@ def bench_convert(
         typer.Option(help="qwen25_1_5b, qwen25_7b, llava_siglip, llava_clip; repeatable; all."),
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where there is room.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure conversion."""
     setup_logging(rank=0)

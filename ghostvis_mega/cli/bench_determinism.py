@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
@@ -44,7 +44,7 @@ def bench_determinism(
     processes: Annotated[int, typer.Option(min=1, help="Ranks to start.")] = 1,
     timeout_s: Annotated[float, typer.Option(min=1, help="For each run.")] = 1800.0,
     fault: Annotated[str, typer.Option(help="noise: spoil the second run.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start the three runs, or be a rank of one."""
     if fault not in ("", "noise"):

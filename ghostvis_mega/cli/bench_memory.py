@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
@@ -42,7 +42,7 @@ def bench_memory(
         list[str] | None, typer.Option(help='"NAME: settings"; repeatable.', show_default=False)
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each mode.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure memory mode by mode."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -63,7 +63,7 @@ def certify(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Most processes to start.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
     output: Annotated[
         Path | None, typer.Option(help="Keep rows.json and table.md in this folder.")
     ] = None,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude, print_rows
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.figures import at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
@@ -75,7 +75,6 @@ convert_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=CONV
 Part = Annotated[
     list[str] | None, typer.Option("--part", help="llm, vision or connector only; repeatable.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
 Dtype = Annotated[str, typer.Option(help="auto (as it is), fp32 or bf16.")]
 Force = Annotated[bool, typer.Option(help="Replace OUT where it exists.")]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
@@ -37,7 +37,7 @@ def gradients(
         list[str] | None, typer.Option(help="Overrides of one layout, between blanks; repeatable.")
     ] = None,
     bar: Annotated[float | None, typer.Option(help="Largest joint error that is fine.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write or compare first-step gradients."""
     if (write_truth is None) == (truth is None):

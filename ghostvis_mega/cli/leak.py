@@ -1,11 +1,8 @@
 """`ghostvis leak`: whether packed samples feel each other."""
 
 import os
-from typing import Annotated
 
-import typer
-
-from ghostvis_mega.cli.output import conclude
+from ghostvis_mega.cli.output import AsJson, conclude
 from ghostvis_mega.utils.logging import setup_logging
 
 LEAK_HELP = """Change one packed sample; print what moves in the others. It must be exactly nothing.
@@ -27,7 +24,7 @@ COUPLED = ("tensorwise", "blockwise")
 
 
 def leak(
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the packing leak on this machine's device."""
     # Before Transformer Engine is imported: its attention may otherwise add in any order.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from ghostvis_mega.utils.figures import Figure, any_missed
 
 EXIT_WRONG_SETTINGS = 2
+AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
 
 
 def print_rows(rows: Sequence[Figure], *, title: str, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -51,7 +51,7 @@ def simulate_dispatch(
     ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 20,
     seed: Annotated[int, typer.Option(help="Of lengths, plan and order.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print imbalance, bytes and planning time for each world size."""
     if mix != "ghostvis-mix":

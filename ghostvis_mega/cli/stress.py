@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ghostvis_mega.cli.check import DeviceName
-from ghostvis_mega.cli.output import conclude
+from ghostvis_mega.cli.output import AsJson, conclude
 from ghostvis_mega.utils.figures import Figure, at_most
 from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, run_ranks
 from ghostvis_mega.utils.logging import setup_logging
@@ -57,7 +57,7 @@ def stress(
     step_timeout_s: Annotated[float, typer.Option(min=1, help="A longer step is a hang.")] = 120.0,
     timeout_s: Annotated[float, typer.Option(min=1, help="For all steps.")] = 7200.0,
     fault: Annotated[FaultName | None, typer.Option(help="Break rank 1 on purpose.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start the ranks, or be one of them."""
     from ghostvis_mega.perf.stress_layouts import StressJob, choose_layouts

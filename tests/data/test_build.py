@@ -21,7 +21,7 @@ from ghostvis_mega.data.recipe import load_recipe
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.data.verify import verify_dataset
 from ghostvis_mega.utils.errors import DataError
-from tools.preprocess.options import Progress
+from tools.preprocess.progress import Progress
 
 ROWS, BLOCKS = 640, 10
 WORKER = Path(__file__).with_name("build_worker.py")

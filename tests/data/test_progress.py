@@ -15,7 +15,7 @@ from ghostvis_mega.data.readers.meter import Meters
 from ghostvis_mega.data.readers.registry import SourceSpec, open_source
 from ghostvis_mega.data.recipe import load_recipe
 from ghostvis_mega.data.tokenizer import Tokenizer
-from tools.preprocess.options import Progress
+from tools.preprocess.progress import Progress, Steps
 
 ROWS = 3000
 
@@ -142,3 +142,16 @@ def test_ingest_and_build_report_shares(tokenizer: Tokenizer, tmp_path: Path) ->
     meters, shares = Meters(), []
     build(load_recipe(recipe), meters=meters, progress=lambda *_: shares.append(meters.share))
     assert shares == sorted(shares) and shares[-1] == 1.0 and shares[0] < 0.2
+
+
+def test_steps_tell_rate_and_time_left_of_each_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    steps = Steps(clock=lambda: now[0])
+    for second, what, done in ((1, "files", 10), (10, "files", 100), (11, "images", 0)):
+        now[0] = second
+        steps(what, done, 1000)
+    now[0] = 21.0
+    steps("images", 500, 1000)
+    assert capsys.readouterr().err == (
+        "files: 100 of 1.00k, 11.1/s, 1m21s left\nimages: 500 of 1.00k, 50/s, 10.0s left\n"
+    )

@@ -13,15 +13,14 @@ from ghostvis_mega.data.recipe import Recipe, load_recipe
 from ghostvis_mega.data.template import load_tokenizer
 from ghostvis_mega.utils.errors import DataError
 from tools.preprocess.ingest import report_dry_run
-from tools.preprocess.options import Json, Progress, Workers, print_json
+from tools.preprocess.options import DryRunOption, Json, Workers, print_json
+from tools.preprocess.progress import Progress
 
 
 def build_command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to build.")],
     workers: Workers = 1,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
-        False
-    ),
+    dry: DryRunOption = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Compare the bytes of all inputs, not their sizes and times."),

@@ -1,6 +1,5 @@
 """The command dedupe."""
 
-import json
 import time
 from contextlib import ExitStack
 from enum import StrEnum
@@ -17,7 +16,8 @@ from ghostvis_mega.data.operations.dedupe import (
     find_duplicates,
     find_leaks,
 )
-from tools.preprocess.operations import DatasetPath, DryRun, Force, Json, progress_line
+from tools.preprocess.options import DatasetPath, DryRunOption, Force, Json, print_json
+from tools.preprocess.progress import counting
 
 FOUND = 1
 
@@ -50,7 +50,7 @@ def dedupe_command(
         bool, typer.Option("--report", help="Only report, whatever else is said.")
     ] = False,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """Find samples that are there twice, or that an evaluation set holds; --out drops them.
@@ -66,7 +66,7 @@ def dedupe_command(
     with ExitStack() as stack:
         opened = stack.enter_context(Dataset.open(dataset))
         started = time.monotonic()
-        progress = progress_line("pictures")
+        progress = counting("pictures")
         if against is None:
             found = find_duplicates(opened, params, progress=progress)
         else:
@@ -79,7 +79,7 @@ def dedupe_command(
             if against is not None:
                 what += f" against={other.manifest.digest}"
             piece = Piece(opened, found.keep, found.dropped)
-            write_parts([Part(out, (piece,), what)], force=force, progress=progress_line("samples"))
+            write_parts([Part(out, (piece,), what)], force=force, progress=counting("samples"))
         _report(found, opened, against, out if write else None, seconds, as_json=as_json)
     if len(found.dropped) and not write:
         raise typer.Exit(FOUND)
@@ -100,7 +100,7 @@ def _report(
         report["against"] = None if against is None else str(against)
         report["written"] = None if written is None else str(written)
         report["samples_per_second"] = round(rate, 1)
-        print(json.dumps(report, indent=2, sort_keys=True))
+        print_json(report)
         return
     what = "duplicates" if against is None else f"samples that {against} holds"
     print(

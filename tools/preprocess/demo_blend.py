@@ -16,6 +16,7 @@ from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import Tokenizer, train_tokenizer
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import check_free
+from tools.preprocess.options import Force
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 
@@ -88,7 +89,7 @@ def demo_blend_command(
         Path | None, typer.Option(help="Folder of chatterbot's YAML; default: the package's.")
     ] = None,
     vocab: Annotated[int, typer.Option(help="Tokens wanted.")] = 1024,
-    force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+    force: Force = False,
 ) -> None:
     """Write captions, conversations and a shared tokenizer for examples/recipes. No network.
 

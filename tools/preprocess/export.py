@@ -1,6 +1,5 @@
 """The commands export webdataset, export energon and export megatron."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,8 @@ from ghostvis_mega.data.export.energon import SPLITS, export_energon
 from ghostvis_mega.data.export.files import check_target
 from ghostvis_mega.data.export.megatron import export_megatron, text_samples
 from ghostvis_mega.data.export.webdataset import SHARD_BYTES, export_webdataset, plan_tars
-from tools.preprocess.operations import DatasetPath, DryRun, Force, Json, progress_line
+from tools.preprocess.options import DatasetPath, DryRunOption, Force, Json, print_json
+from tools.preprocess.progress import counting
 
 _MIB = 1 << 20
 
@@ -32,7 +32,7 @@ def _print(
 ) -> None:
     document = {"path": str(out), "dry_run": dry, "seconds": round(seconds, 3), **document}
     if as_json:
-        print(json.dumps(document, indent=2, sort_keys=True))
+        print_json(document)
         return
     count = document.get("samples", document.get("documents"))
     verb = "would hold" if dry else "holds"
@@ -46,7 +46,7 @@ def webdataset_command(
     out: Out,
     shard_size: ShardSize = SHARD_BYTES // _MIB,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """Tars with KEY.jpg and KEY.json, as the webdataset library reads them.
@@ -63,7 +63,7 @@ def energon_command(
     split: Annotated[str, typer.Option(help=f"One of {', '.join(SPLITS)}.")] = "train",
     shard_size: ShardSize = SHARD_BYTES // _MIB,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """A directory that megatron-energon 7 opens without `energon prepare`.
@@ -89,7 +89,7 @@ def _export_tars(
             check_target(out, force=force)
             document = plan_tars(dataset)
         else:
-            size, progress = shard_size * _MIB, progress_line("samples")
+            size, progress = shard_size * _MIB, counting("samples")
             if fmt == "energon":
                 document = export_energon(
                     dataset, out, split=split, shard_bytes=size, force=force, progress=progress
@@ -112,7 +112,7 @@ def megatron_command(
         bool, typer.Option(help="Leave out samples with pictures, instead of refusing.")
     ] = False,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """Text samples as Megatron's IndexedDataset (.bin and .idx).
@@ -131,7 +131,7 @@ def megatron_command(
                 append_eod=append_eod,
                 skip_images=skip_images,
                 force=force,
-                progress=progress_line("samples"),
+                progress=counting("samples"),
             )
     _print(document, out, time.monotonic() - started, dry=dry_run, as_json=as_json)
 

@@ -17,14 +17,16 @@ from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.utils.errors import DataError
 from tools.preprocess.options import (
     Annotations,
+    DryRunOption,
+    Force,
     Images,
     Json,
     Limit,
     MaxTokens,
-    Progress,
     Workers,
     print_json,
 )
+from tools.preprocess.progress import Progress
 
 _FORMAT_HELP = "; ".join(f"{name}: {found.help}" for name, found in FORMATS.items())
 
@@ -46,10 +48,8 @@ def ingest_command(
     max_tokens: MaxTokens = None,
     limit: Limit = None,
     workers: Workers = 1,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
-        False
-    ),
-    force: Annotated[bool, typer.Option(help="Replace a dataset that is there.")] = False,
+    dry: DryRunOption = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Read rows, check and store pictures and tokens; what is dropped is in rejects.jsonl.

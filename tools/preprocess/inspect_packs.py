@@ -14,6 +14,7 @@ from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import prepare_output, write_output
 from tools.preprocess.options import (
     ContextParallel,
+    DatasetPath,
     Json,
     Packing,
     SegmentAlign,
@@ -25,7 +26,7 @@ from tools.preprocess.plan import alignment
 
 
 def inspect_command(
-    dataset: Annotated[Path, typer.Argument(metavar="NAME.gvd", help="A prepared dataset.")],
+    dataset: DatasetPath,
     seq_length: Annotated[int, typer.Option(min=1, help="Positions of one sequence.")] = 4096,
     tokens_per_image: Annotated[
         int, typer.Option(min=1, help="Positions that one image takes.")

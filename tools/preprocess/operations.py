@@ -1,9 +1,7 @@
 """The commands merge, split and sample."""
 
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -22,12 +20,10 @@ from ghostvis_mega.data.operations.selection import (
     split_samples,
 )
 from ghostvis_mega.utils.errors import DataError
+from tools.preprocess.options import DatasetPath, DryRunOption, Force, Json, print_json
+from tools.preprocess.progress import counting
 
-DatasetPath = Annotated[Path, typer.Argument(metavar="NAME.gvd", help="A prepared dataset.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the choice.")]
-Force = Annotated[bool, typer.Option(help="Replace datasets that are there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[Path, typer.Option(metavar="NAME.gvd", help="Dataset to make.")]
 
 
@@ -38,35 +34,18 @@ class By(StrEnum):
     IMAGE = "image"
 
 
-def progress_line(what: str) -> Callable[[int, int], None]:
-    """Prints "done of total", rate and time left on stderr, at most once a second."""
-    started = last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < 1:
-            return
-        last = now
-        rate = done / (now - started)
-        left = (total - done) / rate
-        print(f"{done} of {total} {what}, {rate:.0f}/s, {left:.0f} s left", file=sys.stderr)
-
-    return progress
-
-
 def finish(parts: Sequence[Part], *, force: bool, dry_run: bool, as_json: bool) -> None:
     """Write the parts, or only say what they would be."""
     summaries = [part_summary(part) for part in parts]
     started = time.monotonic()
     if not dry_run:
-        manifests = write_parts(parts, force=force, progress=progress_line("samples"))
+        manifests = write_parts(parts, force=force, progress=counting("samples"))
         for summary, manifest in zip(summaries, manifests, strict=True):
             summary["digest"] = manifest.digest
     seconds = round(time.monotonic() - started, 3)
     if as_json:
         result = {"dry_run": dry_run, "parts": summaries, "seconds": seconds}
-        print(json.dumps(result, indent=2, sort_keys=True))
+        print_json(result)
         return
     for summary in summaries:
         print(
@@ -79,7 +58,7 @@ def merge_command(
     datasets: Annotated[list[Path], typer.Argument(metavar="A.gvd B.gvd ...", help="Parents.")],
     out: Out,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """Put datasets of one tokenizer end to end; pictures that they share are stored once.
@@ -122,7 +101,7 @@ def split_command(
     ] = None,
     seed: Seed = 0,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """Divide a dataset by shares (by sample or by picture), or by a list of keys.
@@ -176,7 +155,7 @@ def sample_command(
     share: Annotated[str | None, typer.Option(help="Share to take, for example 0.1.")] = None,
     seed: Seed = 0,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
 ) -> None:
     """Take a random choice of samples; the same seed takes the same, in their old order.

@@ -1,7 +1,6 @@
 """The command `plan`."""
 
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +11,14 @@ from ghostvis_mega.data.plan import PackPlan, PlanParams, build_plan, save_plan
 from ghostvis_mega.utils.errors import DataError
 from tools.preprocess.options import (
     ContextParallel,
+    DatasetPath,
     Json,
+    Packing,
     SegmentAlign,
     TooLong,
     TooLongOption,
     print_json,
 )
-
-
-class Packing(StrEnum):
-    """Packing algorithms; `concat` cuts samples where sequences end."""
-
-    BALANCED = "balanced"
-    BFD = "bfd"
-    CONCAT = "concat"
-    NONE = "none"
 
 
 def alignment(segment_align: int | None, context_parallel: int) -> int:
@@ -41,7 +33,7 @@ def alignment(segment_align: int | None, context_parallel: int) -> int:
 
 
 def plan_command(
-    dataset: Annotated[Path, typer.Argument(metavar="NAME.gvd", help="A prepared dataset.")],
+    dataset: DatasetPath,
     seq_length: Annotated[int, typer.Option(min=1, help="Positions of one sequence.")],
     tokens_per_image: Annotated[int, typer.Option(min=1, help="Positions that one image takes.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the plan; train.seed of the run.")] = 0,

@@ -1,6 +1,5 @@
 """`stats`: what a dataset holds, how it packs, how evenly it loads ranks."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,14 @@ from ghostvis_mega.data.looks.stats_text import stats_text
 from ghostvis_mega.data.stats import DATA_PARALLEL, MIX, PATCHES_PER_IMAGE, dataset_stats, mix_stats
 from ghostvis_mega.utils.errors import DataError
 from ghostvis_mega.utils.files import prepare_output, write_output
-from tools.preprocess.options import ContextParallel, SegmentAlign, TooLong, TooLongOption
+from tools.preprocess.options import (
+    ContextParallel,
+    Json,
+    SegmentAlign,
+    TooLong,
+    TooLongOption,
+    print_json,
+)
 from tools.preprocess.plan import alignment
 
 
@@ -45,9 +51,7 @@ def stats_command(
     segment_align: SegmentAlign = None,
     context_parallel: ContextParallel = 1,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Counts, lengths, fullness under each way of packing, and balance over ranks.
 
@@ -79,7 +83,7 @@ def stats_command(
     if html is not None:
         write_output(html, render_stats(stats, pictures).encode())
     if as_json:
-        print(json.dumps(stats, indent=2, sort_keys=True))
+        print_json(stats)
     else:
         print(stats_text(stats) + (f"\n  page      {html}" if html is not None else ""))
 

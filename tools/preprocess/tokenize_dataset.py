@@ -11,11 +11,12 @@ from ghostvis_mega.data.styles import STYLES
 from ghostvis_mega.data.template import load_tokenizer
 from ghostvis_mega.utils.errors import DataError
 from tools.preprocess.ingest import report_dry_run, report_ingest
-from tools.preprocess.options import Json, MaxTokens, Progress, Workers
+from tools.preprocess.options import DatasetPath, DryRunOption, Force, Json, MaxTokens, Workers
+from tools.preprocess.progress import Progress
 
 
 def tokenize_command(
-    dataset: Annotated[Path, typer.Argument(metavar="NAME.gvd", help="A prepared dataset.")],
+    dataset: DatasetPath,
     tokenizer: Annotated[
         Path, typer.Option(help="SentencePiece model, tokenizer.json or .tiktoken ranks.")
     ],
@@ -32,10 +33,8 @@ def tokenize_command(
         ),
     ] = False,
     workers: Workers = 1,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = (
-        False
-    ),
-    force: Annotated[bool, typer.Option(help="Replace a dataset that is there.")] = False,
+    dry: DryRunOption = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset again with another tokenizer or chat template; pictures are shared.

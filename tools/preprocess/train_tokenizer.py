@@ -10,7 +10,7 @@ from ghostvis_mega.data.readers.registry import SourceSpec, check_settings, sour
 from ghostvis_mega.data.template import ROLES
 from ghostvis_mega.data.tokenizer import train_tokenizer
 from ghostvis_mega.utils.files import check_free
-from tools.preprocess.options import Annotations, Json, print_json
+from tools.preprocess.options import Annotations, Force, Json, print_json
 
 
 def train_tokenizer_command(
@@ -21,7 +21,7 @@ def train_tokenizer_command(
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     annotations: Annotations = None,
     split: Annotated[str, typer.Option(help="Split of a packaged dataset (easy-vqa).")] = "train",
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train a SentencePiece tokenizer on the text of a source.
