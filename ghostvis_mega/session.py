@@ -8,11 +8,13 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy
 import torch
 import torch.distributed as dist
 
+from ghostvis_mega.checkpoint.bundle import write_bundle
 from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.convert.online import Exporter
@@ -21,23 +23,34 @@ from ghostvis_mega.engine.inspect import owned_parameters
 from ghostvis_mega.engine.optimizer import module_of
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.eval.vqa import heldout_accuracy, question_only_accuracy
+from ghostvis_mega.parallel.calls import CallWatch
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.parallel.trace import group_labels
 from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.train.goodput import LEDGER as GOODPUT_LEDGER
+from ghostvis_mega.train.goodput import Goodput
+from ghostvis_mega.train.guards import LEDGER as SKIPPED_LEDGER
+from ghostvis_mega.train.guards import Guards
 from ghostvis_mega.train.loop import Loop
 from ghostvis_mega.train.observers import RunInfo, Summary
 from ghostvis_mega.train.observers.build import make_observers
 from ghostvis_mega.train.previews import Previewer
 from ghostvis_mega.train.signals import StopRequest
+from ghostvis_mega.train.slow_ranks import SlowRanks
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.determinism import determinism, make_deterministic
 from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import atomic_write_json
 from ghostvis_mega.utils.hardware import cpu_name, device_peak
+from ghostvis_mega.utils.processes import process_started
 
 log = logging.getLogger(__name__)
+
+_AFTER_WATCHDOG_S = 60.0
+"""How much longer than the watchdog a collective waits."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class World:
     groups: Groups
     device: torch.device
     watchdog: Watchdog
+    calls: CallWatch
+    """Of this process to the others."""
 
 
 @contextlib.contextmanager
@@ -62,7 +77,8 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=run.train.timeout_s),
+        # A rank that hangs is named by the watchdog, which must come first.
+        timeout=datetime.timedelta(seconds=run.train.timeout_s + _AFTER_WATCHDOG_S),
         # Started without a launcher there is nobody to meet.
         **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
     )
@@ -70,16 +86,31 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     random.seed(run.train.seed)
     numpy.random.seed(run.train.seed % 2**32)
     torch.manual_seed(run.train.seed)
-    watchdog = Watchdog(timeout_s=run.train.timeout_s, rank=rank)
-    groups = build_groups(Degrees.of(run, world_size=size), seed=run.train.seed)
-    try:
-        yield World(groups=groups, device=device, watchdog=watchdog)
-    finally:
-        watchdog.close()
+    with CallWatch() as calls:
+        watchdog = Watchdog(
+            timeout_s=run.train.timeout_s,
+            rank=rank,
+            world_size=size,
+            folder=hang_folder(run),
+            calls=calls,
+        )
+        try:
+            groups = build_groups(Degrees.of(run, world_size=size), seed=run.train.seed)
+            calls.labels = group_labels(groups)
+            yield World(groups=groups, device=device, watchdog=watchdog, calls=calls)
+        finally:
+            watchdog.close()
     # Not after an error: other ranks may still wait in a collective, and taking the groups down
     # would wait for them. The process ends, and its launcher ends the others.
     destroy_groups()
     dist.destroy_process_group()
+
+
+def hang_folder(run: RunConfig) -> Path:
+    """Where the ranks of this launch would report a hang; collective."""
+    name = [f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"]
+    dist.broadcast_object_list(name, src=0)
+    return run.log.output / "hangs" / name[0]
 
 
 def local_device(run: RunConfig) -> torch.device:
@@ -116,6 +147,7 @@ class Training:
         """Train from the newest checkpoint or from scratch, evaluate if asked, report; returns the
         summary. A run that was told to stop has saved, and evaluates nothing."""
         run, groups = self.run, self.world.groups
+        goodput = self.account()
         engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
@@ -123,13 +155,24 @@ class Training:
         feed = Feed(run, groups, train)
         exporter = Exporter(run) if run.checkpoint.export_hf != "none" else None
 
+        guards = Guards(run, places=groups.places, rank=groups.rank)
+
         def save(steps: int) -> None:
-            store.save(engine, step=steps, extra={"data": feed.state()})
+            extra = {"data": feed.state(), "guards": guards.state()}
+            store.save(engine, step=steps, extra=extra)
             if exporter is not None:
                 self.world.watchdog.alive("the Hugging Face export")
                 exporter.save(engine, step=steps)
 
-        start = self.restore(store, engine, feed)
+        def go_back() -> int | None:
+            found = store.find("auto")
+            if found is None:
+                return None
+            state = store.load(found, engine)
+            guards.go_back(state.extra.get("guards"))
+            return state.step
+
+        start = self.restore(store, engine, feed, guards)
         observers = make_observers(run.log, rank=groups.rank)
         previewer = None
         if heldout is not None and run.log.preview_steps and run.log.preview_samples:
@@ -142,7 +185,15 @@ class Training:
             watchdog=self.world.watchdog,
             previewer=previewer,
             save=save,
+            guards=guards,
+            slow_ranks=SlowRanks(
+                run.guards, places=groups.places, rank=groups.rank, folder=run.log.output
+            ),
+            calls=self.world.calls,
             stop=self.stop,
+            goodput=goodput,
+            go_back=go_back,
+            give_up=self.give_up,
         )
         if start >= run.train.steps:
             log.info("nothing left to train: %d of %d steps are done", start, run.train.steps)
@@ -153,17 +204,38 @@ class Training:
             summary["loss"] = loss
         if run.log.evaluate and heldout is not None and not self.stop.agreed:
             alive = self.world.watchdog.alive
-            summary["heldout_accuracy"] = heldout_accuracy(engine, heldout, progress=alive)
-            alive("the question-only accuracy")
-            summary["question_only_accuracy"] = question_only_accuracy(train, heldout)
+            with goodput.part("evaluation"):
+                summary["heldout_accuracy"] = heldout_accuracy(engine, heldout, progress=alive)
+                alive("the question-only accuracy")
+                summary["question_only_accuracy"] = question_only_accuracy(train, heldout)
             summary["num_questions"] = heldout.num_samples
         summary["seconds"] = round(time.time() - self.started, 1)
+        goodput.write()
+        summary |= goodput.summary()
         observers.on_end(summary)
         if groups.rank == 0:
             atomic_write_json(run.log.output / "summary.json", dict(summary))
         return summary
 
-    def restore(self, store: CheckpointStore, engine: TrainEngine, feed: Feed) -> int:
+    def account(self) -> Goodput:
+        """The run's account of its time; the first rank keeps it in the run folder."""
+        if self.world.groups.rank != 0:
+            return Goodput(None)
+        path = self.run.log.output / GOODPUT_LEDGER
+        if self.run.checkpoint.resume == "none":
+            path.unlink(missing_ok=True)  # another run's, which had this folder before
+        return Goodput(path, started=process_started())
+
+    def give_up(self, done: int) -> str:
+        """Write down what explains the stop, on all ranks before any of them ends."""
+        rank = self.world.groups.rank
+        folder = write_bundle(self.run, done=done, rank=rank, ledger=SKIPPED_LEDGER)
+        dist.barrier(group=self.world.groups.world)
+        return f"all there is to know is in {folder}"
+
+    def restore(
+        self, store: CheckpointStore, engine: TrainEngine, feed: Feed, guards: Guards
+    ) -> int:
         """Take over the checkpoint that the settings name, if any; returns the steps done.
 
         Raises:
@@ -179,6 +251,7 @@ class Training:
         data = state.extra.get("data")
         if isinstance(data, dict):
             feed.check_state(data, step=state.step)
+        guards.restore(state.extra.get("guards"))
         return state.step
 
     def describe(self, engine: TrainEngine, *, start: int) -> RunInfo:

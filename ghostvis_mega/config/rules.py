@@ -37,6 +37,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *blend_problems(cfg),
         *_freeze_problems(cfg),
         *_optim_problems(cfg),
+        *_guard_problems(cfg),
         *_log_problems(cfg),
         *_device_problems(cfg, device),
         *fp8_problems(cfg, device=device),
@@ -199,6 +200,14 @@ def _log_problems(cfg: RunConfig) -> Iterator[str]:
         )
     if log.preview_steps and log.preview_samples == 0:
         yield "log.preview_samples=0 with log.preview_steps shows nothing. Use 8, or no steps."
+
+
+def _guard_problems(cfg: RunConfig) -> Iterator[str]:
+    if cfg.guards.spike == "rollback" and cfg.checkpoint.save_every == 0:
+        yield (
+            "guards.spike=rollback goes back to the last checkpoint, but checkpoint.save_every=0 "
+            "saves none before the end. Set checkpoint.save_every, or guards.spike: skip."
+        )
 
 
 def _device_problems(cfg: RunConfig, device: Device) -> Iterator[str]:

@@ -284,6 +284,24 @@ class CheckpointConfig(Section):
     checkpoint or beside every one; the newest `keep` stay."""
 
 
+class GuardsConfig(Section):
+    """What a run does about steps that would harm it, and about slow ranks."""
+
+    spike: Literal["none", "skip", "rollback"] = "skip"
+    """A loss far above the recent ones: train on it all the same, leave the step out, or go back to
+    the last checkpoint and leave out all steps since then."""
+    spike_sigma: Annotated[float, Field(gt=0)] = 7.0
+    """How far above the median of recent losses a spike is, in robust standard deviations."""
+    spike_window: Annotated[int, Field(ge=64)] = 256
+    """Losses that the judgement rests on; there is none before a quarter of them is known."""
+    max_skipped: Positive = 3
+    """Steps left out in a row, for whatever reason, after which the run stops."""
+    slow_rank_factor: Annotated[float, Field(gt=1)] = 2.0
+    """A rank is called slow where it takes this many times as long as the others for its work."""
+    slow_rank_window: NonNegative = 20
+    """Steps that a verdict on slow ranks rests on; 0 gives none."""
+
+
 class LogConfig(Section):
     """What is written while training; everything lands under `output`."""
 
@@ -309,6 +327,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     log: LogConfig
 
     @property

@@ -1,6 +1,6 @@
 """What gradients still lack after the backward passes and before the data-parallel reduction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,15 @@ def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.requires_grad and parameter.grad is None:
             dtype = parameter.grad_dtype or parameter.dtype
             parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+
+
+def not_finite(tensors: Sequence[torch.Tensor], *, device: torch.device) -> torch.Tensor:
+    """1.0 where any element is infinite or no number, else 0.0: fp32 scalar, without waiting for
+    the device."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
+    return (~torch.isfinite(norms)).any().float()
 
 
 def sum_sequence_parallel_gradients(parameters: Iterable[nn.Parameter], groups: Groups) -> None:

@@ -6,7 +6,8 @@ others.
 """
 
 import gc
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from ghostvis_mega.data.batch import Damage, MicroBatch
 from ghostvis_mega.engine.build import Parts, build_parts
 from ghostvis_mega.engine.finish import (
     fill_missing_gradients,
+    not_finite,
     sum_sequence_parallel_gradients,
     sum_tied_gradients,
 )
@@ -50,6 +52,8 @@ class StepInput:
     """What this rank could not read; all ranks must have agreed on it before the step."""
     step: int = 0
     """Counted from 0; decides what dropout drops."""
+    told: tuple[float, ...] = ()
+    """Numbers of this rank that all ranks learn with the step's result; on all ranks as many."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,25 @@ class StepResult:
     grad_norm: float
     """Joint norm of everything that trains, before the clip."""
     skipped: bool
-    """True when loss or norm was not finite: no weight changed, on any rank."""
+    """True when the step was left out: no weight changed, on any rank."""
     lr_factor: float
+    cause: str = ""
+    """Why it was left out: `REFUSED`, one of `NOT_FINITE`, or `UNKNOWN`."""
+    ranks: tuple[int, ...] = ()
+    """Where `cause` came up first; empty where no rank can be told."""
+    told: tuple[tuple[float, ...], ...] = ()
+    """`StepInput.told` by rank."""
+
+
+NOT_FINITE = (
+    "picture embeddings that are not finite",
+    "a loss that is not finite",
+    "LLM gradients that are not finite",
+    "vision gradients that are not finite",
+)
+"""What a rank can find in its own part of a step; what comes first leads to what follows."""
+UNKNOWN = "a sum over ranks that is not finite, though no rank's own part is"
+REFUSED = "a loss that was refused"
 
 
 class TrainEngine:
@@ -78,6 +99,7 @@ class TrainEngine:
         self.run, self.groups, self.device = run, groups, device
         self.parts: Parts = build_parts(run, groups, device=device)
         self.timer = SectionTimer(device)
+        self._embeddings_not_finite = torch.zeros((), device=device)
         self.vision: VisionRunner | None = None
         if self.parts.encoder is not None:
             self.vision = VisionRunner(
@@ -99,15 +121,19 @@ class TrainEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def step(self, batch: StepInput, *, step: int) -> StepResult:
+    def step(
+        self, batch: StepInput, *, step: int, accept: Callable[[float], bool] | None = None
+    ) -> StepResult:
         """Train on one global batch.
 
         Args:
             batch: This rank's part.
             step: Counted from 0; sets the learning rate.
+            accept: Whether to train on a batch with this loss, which is finite; must answer alike
+                on all ranks. None: always.
         """
         loss_sum = self.accumulate(batch)
-        return self.update(loss_sum, batch, step=step)
+        return self.update(loss_sum, batch, step=step, accept=accept)
 
     def accumulate(self, batch: StepInput) -> torch.Tensor:
         """Forward, backward and the reductions, up to but without the update.
@@ -142,6 +168,7 @@ class TrainEngine:
             return {}
         with self.timer.section("vision"):
             own_NTH = self.vision.encode(pixels_N3hw.to(self.device), for_training=for_training)
+            self._embeddings_not_finite = not_finite([own_NTH], device=self.device)
         with self.timer.section("exchange"):
             wanted = exchange.embeddings(own_NTH)
         pictures = {}
@@ -214,30 +241,79 @@ class TrainEngine:
         the ranks that hold the same LLM weights."""
         return len(self.groups.places) / self.groups.data.size()
 
-    def update(self, loss_sum: torch.Tensor, batch: StepInput, *, step: int) -> StepResult:
+    def update(
+        self,
+        loss_sum: torch.Tensor,
+        batch: StepInput,
+        *,
+        step: int,
+        accept: Callable[[float], bool] | None = None,
+    ) -> StepResult:
         """One norm over all engines, one decision, one clip, then every engine steps.
 
-        A single all-reduce carries the squared norms and the loss.
+        A single all-reduce carries the squared norms, the loss, what each rank found not finite in
+        its own part, and what it tells the others.
         """
         with self.timer.section("optimizer"):
-            counts = self.groups.is_last_stage and self.groups.place.tensor == 0
-            parts = [
-                loss_sum.float() if counts else torch.zeros_like(loss_sum, dtype=torch.float32)
-            ]
-            parts += [engine.square_sum() for engine in self.engines]
-            totals = torch.stack(parts)
-            dist.all_reduce(totals, group=self.groups.world)
-            loss, *squares = totals.double().tolist()
-            loss /= batch.trained_tokens
-            norm = sum(squares) ** 0.5
-            finite = all(abs(x) != float("inf") and x == x for x in (loss, norm))
+            loss, norm, found, told = self._totals(loss_sum, batch)
+            cause, ranks = "", ()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                cause, ranks = first_cause(found)
+            elif accept is not None and not accept(loss):
+                cause = REFUSED
             factor = lr_factor(step, optim=self.run.optim, total_steps=self.run.train.steps)
             limit = self.run.optim.clip_norm
-            clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 and finite else 1.0
             for engine in self.engines:
-                if finite:
-                    engine.set_learning_rates(factor, self.run.optim)
-                    engine.update(clip)
-                else:
+                if cause:
                     engine.discard()
-        return StepResult(loss=loss, grad_norm=norm, skipped=not finite, lr_factor=factor)
+                    continue
+                engine.set_learning_rates(factor, self.run.optim)
+                engine.update(min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0)
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            skipped=bool(cause),
+            lr_factor=factor,
+            cause=cause,
+            ranks=ranks,
+            told=told,
+        )
+
+    def _totals(
+        self, loss_sum: torch.Tensor, batch: StepInput
+    ) -> tuple[float, float, list[int], tuple[tuple[float, ...], ...]]:
+        """Loss, norm, and by rank what it found (bits in the order of `NOT_FINITE`) and told."""
+        groups = self.groups
+        counts = groups.is_last_stage and groups.place.tensor == 0
+        loss_sum = loss_sum.float()
+        parts = [loss_sum if counts else torch.zeros_like(loss_sum)]
+        parts += [engine.square_sum() for engine in self.engines]
+        llm, vision = (
+            torch.zeros_like(loss_sum) if engine is None else engine.own_not_finite
+            for engine in (self.parts.llm_engine, self.parts.vision_engine)
+        )
+        bits = (self._embeddings_not_finite, (~torch.isfinite(loss_sum)).float(), llm, vision)
+        rows = loss_sum.new_zeros(len(groups.places), 1 + len(batch.told))
+        rows[groups.rank, 0] = torch.stack([bit * 2**n for n, bit in enumerate(bits)]).sum()
+        if batch.told:
+            rows[groups.rank, 1:] = rows.new_tensor(batch.told)
+        totals = torch.cat([torch.stack(parts), rows.flatten()])
+        dist.all_reduce(totals, group=groups.world)
+        numbers = totals.double().tolist()
+        loss, squares = numbers[0] / batch.trained_tokens, numbers[1 : len(parts)]
+        width, rest = rows.shape[1], numbers[len(parts) :]
+        by_rank = [tuple(rest[at : at + width]) for at in range(0, len(rest), width)]
+        found, told = [int(row[0]) for row in by_rank], tuple(row[1:] for row in by_rank)
+        return loss, sum(squares) ** 0.5, found, told
+
+
+def first_cause(found: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """What is not finite and on which ranks it began.
+
+    Args:
+        found: By rank, bits in the order of `NOT_FINITE`.
+    """
+    for bit, name in enumerate(NOT_FINITE):
+        if ranks := tuple(rank for rank, bits in enumerate(found) if bits >> bit & 1):
+            return name, ranks
+    return UNKNOWN, ()

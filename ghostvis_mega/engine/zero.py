@@ -17,7 +17,7 @@ from torch import nn
 
 from ghostvis_mega.config.deepspeed import ResolvedDeepSpeed
 from ghostvis_mega.config.schema import OptimConfig
-from ghostvis_mega.engine.finish import average_gradients, fill_missing_gradients
+from ghostvis_mega.engine.finish import average_gradients, fill_missing_gradients, not_finite
 from ghostvis_mega.engine.holder import Holder
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
 from ghostvis_mega.engine.optimizer import build_adamw, host_threads, parameter_groups
@@ -67,6 +67,8 @@ class ZeroEngine:
     ):
         self.holder, self.stage, self.grid, self.groups = holder, settings.stage, grid, groups
         self.offload = settings.offload
+        self.own_not_finite = torch.zeros((), device=device)
+        """1.0 where this rank's own gradients of the step were not finite, before the average."""
         self.trained = [p for p in holder.parameters() if p.requires_grad]
         for parameter in self.trained:
             if parameter.dtype != torch.float32:
@@ -110,6 +112,8 @@ class ZeroEngine:
         with context:
             yield
             fill_missing_gradients(self.trained)
+            own = [p.grad for p in self.trained]
+            self.own_not_finite = not_finite(own, device=self._device)
             if self.stage == 1 and self.optimizer.use_grad_accum_attribute:
                 # BF16: stage 1 reduces what DeepSpeed's own backward would have put there.
                 self.optimizer.fill_grad_accum_attribute()

@@ -13,6 +13,7 @@ _PASSED_OVER = (
     "contextlib.py",
     "typing_extensions.py",
     "ghostvis_mega/parallel/trace",
+    "ghostvis_mega/parallel/calls.py",
     "ghostvis_mega/utils/launch.py",
 )
 """Files whose lines say nothing about why a call was made."""
@@ -45,6 +46,8 @@ _EXCHANGES = ("alltoall", "alltoall_base", "all_to_all_single")
 _BARRIERS = ("barrier", "monitored_barrier")
 _SENDS = ("send",)
 _RECEIVES = ("recv", "recv_anysource")
+POINT_TO_POINT = (*_SENDS, *_RECEIVES)
+"""Methods of `ProcessGroup` that reach one other rank."""
 TRACED = (*_COLLECTIVES, *_EXCHANGES, *_BARRIERS, *_SENDS, *_RECEIVES)
 """Methods of `ProcessGroup` that move data or wait for others."""
 

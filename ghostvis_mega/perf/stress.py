@@ -33,6 +33,7 @@ from ghostvis_mega.perf.stress_layouts import (
     split_steps,
 )
 from ghostvis_mega.train.feed import Feed
+from ghostvis_mega.train.guards import Guards
 from ghostvis_mega.train.loop import Loop
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.build import Observers
@@ -241,6 +242,7 @@ def stress_layout(
             watchdog=watchdog,
             previewer=Previewer(engine, Dataset.open(run.data.heldout), run),
             save=lambda done: save(engine, job.folder / f"{layout.name}-checkpoints", done),
+            guards=Guards(run, places=groups.places, rank=groups.rank),
         )
         began = time.process_time()
         loop.run(start=0)
@@ -279,10 +281,10 @@ def plant(fault: str, engine: TrainEngine) -> None:
         return
     honest = engine.update
 
-    def update(*args: Any, step: int) -> Any:
+    def update(*args: Any, step: int, **keywords: Any) -> Any:
         if step >= _FIRST_FAULT:
             FAULTS[fault](engine)
-        return honest(*args, step=step)
+        return honest(*args, step=step, **keywords)
 
     engine.update = update
 

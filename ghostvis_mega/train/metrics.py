@@ -38,6 +38,8 @@ class StepMetrics:
     """How pictures were spread: `imbalance` (patches of the busiest rank over the mean), bytes of
     embeddings and gradients a rank (`sent_mean`, `sent_max`, `received_max`) and the `local_share`
     that did not travel. Empty for a model without pictures."""
+    goodput: float = math.nan
+    """Productive time over wall time since the run's first launch."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -71,7 +73,7 @@ class StepMetrics:
         Args:
             extra: derived numbers to write beside the fields.
         """
-        row = _finite_or_none(dataclasses.asdict(self) | dict(extra or {}))
+        row = finite_or_none(dataclasses.asdict(self) | dict(extra or {}))
         return json.dumps(row, allow_nan=False)
 
     @classmethod
@@ -85,18 +87,22 @@ class StepMetrics:
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
         entries = dataclasses.fields(cls)
-        needed = [entry.name for entry in entries if entry.default_factory is dataclasses.MISSING]
+        needed = [
+            entry.name
+            for entry in entries
+            if entry.default_factory is dataclasses.MISSING and entry.default is dataclasses.MISSING
+        ]
         if missing := [name for name in needed if name not in row]:
             raise ValueError(f"no key {missing[0]!r}")
         names = [entry.name for entry in entries if entry.name in row]
         return cls(**{name: _none_to_nan(row[name]) for name in names})
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite_or_none(entry) for key, entry in value.items()}
+        return {key: finite_or_none(entry) for key, entry in value.items()}
     return value
 
 

@@ -34,7 +34,7 @@ _PORTS = (15000, 32000)
 _DUMP_GRACE_S = 1.0
 _POLL_S = 0.1
 _OUTPUT_CHARACTERS = 6000
-_WAITS = re.compile(
+WAITS_FOR_OTHERS = re.compile(
     r"torch/distributed/|megatron/core/pipeline_parallel/p2p_communication\.py|deepspeed/comm/"
     r"|ghostvis_mega/parallel/trace\.py"
 )
@@ -233,7 +233,7 @@ def _describe_hang(
     }
     running = {rank: frames for rank, (_, frames) in stacks.items() if frames}
     guilty = [
-        rank for rank, frames in running.items() if not _WAITS.search(frames[0].path)
+        rank for rank, frames in running.items() if not WAITS_FOR_OTHERS.search(frames[0].path)
     ] or list(running)
     lines = [
         f"{name} did not end within {timeout_s:g} s; "

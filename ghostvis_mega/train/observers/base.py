@@ -46,6 +46,10 @@ class Summary(TypedDict, total=False):
     loss: float
     seconds: float
     """Wall time, of whatever the run's caller counts."""
+    goodput: float
+    """Productive time over wall time since the run's first launch."""
+    goodput_seconds: dict[str, float]
+    """All of that wall time, by part of `train.goodput.PARTS`."""
     status: str
     """`finished`, or why not."""
 

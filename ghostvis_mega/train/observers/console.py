@@ -37,7 +37,7 @@ def format_step(
     columns.append(f"data {duration(m.timing.get('data', 0.0)):>6}")
     columns.append(f"eta {duration(eta_s)}")
     if m.skipped:
-        columns.append("SKIPPED: gradient not finite")
+        columns.append("SKIPPED")
     return "  ".join(columns)
 
 
@@ -104,5 +104,10 @@ class ConsoleLine:
                 ceiling = percent(summary["question_only_accuracy"])
                 beside = f" (best guess from the question alone: {ceiling})"
             log.info("held-out accuracy %s%s", percent(summary["heldout_accuracy"]), beside)
+        if "goodput" in summary:
+            rest = sorted(summary["goodput_seconds"].items(), key=lambda item: -item[1])
+            lost = [(name, seconds) for name, seconds in rest if name != "productive" and seconds]
+            told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in lost[:3])
+            log.info("goodput %s since the first launch (%s)", percent(summary["goodput"]), told)
         if "seconds" in summary:
             log.info("%s after %s", summary.get("status", "finished"), duration(summary["seconds"]))

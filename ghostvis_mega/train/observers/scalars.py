@@ -1,5 +1,7 @@
 """One flat table of a step's numbers, named alike in every tool that draws curves."""
 
+import math
+
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import RunInfo, step_mfu
 
@@ -21,6 +23,8 @@ def step_scalars(m: StepMetrics, run: RunInfo) -> dict[str, float]:
     scalars |= {f"lr/{name}": value for name, value in m.lr.items()}
     scalars |= {f"timing/{name}_s": value for name, value in m.timing.items()}
     scalars |= {f"dispatch/{name}": value for name, value in m.dispatch.items()}
+    if math.isfinite(m.goodput):
+        scalars["speed/goodput"] = m.goodput
     mfu = step_mfu(m, run)
     if mfu is not None:
         scalars["speed/mfu"] = mfu

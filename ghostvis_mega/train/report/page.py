@@ -12,7 +12,7 @@ from ghostvis_mega.train.report.cards import draw_previews
 from ghostvis_mega.train.report.charts import draw_chart
 from ghostvis_mega.train.report.curves import run_charts
 from ghostvis_mega.train.report.tiles import draw_tiles
-from ghostvis_mega.train.report.timing import draw_timing
+from ghostvis_mega.train.report.timing import draw_goodput, draw_timing
 from ghostvis_mega.utils.format import si
 from ghostvis_mega.utils.html import page as html_page
 from ghostvis_mega.utils.html.page import section
@@ -35,6 +35,7 @@ def render_page(data: ReportData) -> str:
         draw_tiles(data.run, data.steps, data.summary),
         section("Curves", _charts(data.steps)),
         section("Where the time of a step goes", draw_timing(data.steps)),
+        section("Where the time of the run went", draw_goodput(data.summary)),
         section("What the model answers", draw_previews(data.previews)),
         section("Settings", _tables(data.run.get("settings", {}))),
         section("Versions", _versions(data.run.get("versions", {}))),

@@ -1,11 +1,20 @@
-"""The mean step of rank 0 as one stacked bar."""
+"""Stacked bars: the mean step of rank 0, and all time since the first launch."""
 
 import html
+from collections.abc import Mapping
 
 from ghostvis_mega.train.metrics import StepMetrics
+from ghostvis_mega.train.observers.base import Summary
 from ghostvis_mega.utils.format import duration, percent
 
 PHASES = ("data", "vision", "exchange", "llm", "optimizer")
+_GOODPUT_CSS = {
+    "productive": "t4",
+    "data": "t1",
+    "start-up": "t2",
+    "save": "t3",
+    "evaluation": "t5",
+}
 _CSS = {"data": "t1", "vision": "t2", "exchange": "t3", "llm": "t4", "optimizer": "t5"}
 
 
@@ -27,11 +36,24 @@ def draw_timing(steps: list[StepMetrics]) -> str:
     if not steps:
         return ""
     means = mean_timing(steps)
-    total = sum(means.values())
+    return _bar(means, _CSS, hint=f"Mean step of rank 0: {duration(sum(means.values()))}")
+
+
+def draw_goodput(summary: Summary | None) -> str:
+    """All wall time since the first launch by part; empty while the run goes on."""
+    if summary is None or not any(summary.get("goodput_seconds", {}).values()):
+        return ""
+    seconds = {name: value for name, value in summary["goodput_seconds"].items() if value > 0}
+    hint = f"Goodput {percent(summary['goodput'])} of {duration(sum(seconds.values()))}"
+    return _bar(seconds, _GOODPUT_CSS, hint=hint)
+
+
+def _bar(parts: Mapping[str, float], classes: Mapping[str, str], *, hint: str) -> str:
+    total = sum(parts.values())
     segments, legend = [], []
-    for name, seconds in means.items():
+    for name, seconds in parts.items():
         share = seconds / total
-        css = _CSS.get(name, "t0")
+        css = classes.get(name, "t0")
         label = html.escape(name)
         inside = percent(share, 0) if share >= 0.06 else ""
         segments.append(f'<span class="{css}" style="width:{100 * share:.3f}%">{inside}</span>')
@@ -42,5 +64,5 @@ def draw_timing(steps: list[StepMetrics]) -> str:
     return (
         f'<div class="panel"><div class="bar">{"".join(segments)}</div>'
         f'<ul class="phases">{"".join(legend)}</ul>'
-        f'<p class="hint">Mean step of rank 0: {duration(total)}</p></div>'
+        f'<p class="hint">{html.escape(hint)}</p></div>'
     )
