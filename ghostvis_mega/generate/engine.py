@@ -106,6 +106,8 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list)
     text: str | None = None
     reason: FinishReason | None = None
+    told: int = 0
+    """Tokens of the text that was last reported."""
 
     def add(self, token: int, logprob: float, codec: Codec | None) -> None:
         """Take the next token; afterwards `reason` says whether it was the last."""
@@ -140,7 +142,6 @@ class Engine:
         pictures: Its encoder; None for a model of text.
         codec: Text and end tokens; None for tokens alone.
         image_token: Stands for a picture in prompts.
-        vocab: Rows of the vocabulary that are no padding.
         choices: Tokens that may come, where the tokenizer has fewer than the model.
         max_rows: Answers that are decoded side by side.
         window: Decoding steps between two looks for the end of answers; None: what suits the
@@ -156,7 +157,6 @@ class Engine:
         pictures: PictureEncoder | None = None,
         codec: Codec | None = None,
         image_token: int | None = None,
-        vocab: int | None = None,
         choices: int | None = None,
         max_rows: int = MAX_ROWS,
         window: int | None = None,
@@ -164,7 +164,7 @@ class Engine:
     ):
         self.model, self.decoder, self.pictures, self.codec = model, decoder, pictures, codec
         self.image_token, self.max_rows = image_token, max_rows
-        self.vocab = vocab or model.llm.vocab_size
+        self.vocab = model.llm.vocab_tokens
         self.choices = min(choices or self.vocab, self.vocab)
         on_gpu = decoder.device.type == "cuda"
         self.window = window or (GPU_WINDOW if on_gpu else 1)
@@ -335,7 +335,8 @@ class Engine:
         for answer in active.values():
             if answer.reason is not None:
                 done[answer.request][answer.sample] = answer.completion(self.codec)
-            if on_text is not None and self.codec is not None:
+            if on_text is not None and self.codec is not None and answer.told < len(answer.tokens):
+                answer.told = len(answer.tokens)
                 final = answer.reason is not None
                 text = answer.text if answer.text is not None else self.codec.decode(answer.tokens)
                 on_text(answer.request, answer.sample, text, final)

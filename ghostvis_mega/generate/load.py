@@ -69,7 +69,6 @@ def load_engine(
         pictures=pictures,
         codec=codec,
         image_token=image_token,
-        vocab=source.vocab,
         choices=choices,
         max_rows=max_rows,
         window=window,

@@ -12,12 +12,13 @@ import torch
 
 from ghostvis_mega.checkpoint.manifest import MANIFEST_FILE
 from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import CONFIG, HFFolder
 from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.convert.native import NativeWeights
 from ghostvis_mega.convert.output import EXPORT_FILE, export_damage
-from ghostvis_mega.convert.tensor_file import DTYPES, Buffer, TensorInfo, joined
+from ghostvis_mega.convert.tensor_file import DTYPES, TensorInfo, joined
 from ghostvis_mega.utils.errors import CheckpointError
 
 _FLOATS = ("F32", "BF16", "F16")
@@ -45,15 +46,13 @@ class ModelSource:
 
     path: Path
     model: ModelConfig
-    vocab: int
-    """Rows of the vocabulary that are no padding."""
     tensors: dict[str, TensorInfo]
-    _chunks: Callable[[str], Iterator[Buffer]]
+    _pieces: Callable[[str], Iterator[Piece]]
 
     def read(self, name: str) -> torch.Tensor:
         """One parameter whole, on the CPU, as it is stored."""
         info = self.tensors[name]
-        data = joined(self._chunks(name))
+        data = joined(self._pieces(name))
         return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
@@ -108,11 +107,10 @@ def _whole(parts: Parts, path: Path) -> ModelConfig:
 def _native(weights: NativeWeights) -> ModelSource:
     model = _whole(weights.parts, weights.path)
 
-    def chunks(name: str) -> Iterator[Buffer]:
-        return weights.chunks(name, 0, prod(weights.tensors[name].shape))
+    def pieces(name: str) -> Iterator[Piece]:
+        return weights.pieces(name, 0, prod(weights.tensors[name].shape))
 
-    vocab = weights.hf_vocab or model.llm.vocab_size
-    return ModelSource(weights.path, model, vocab, weights.tensors, chunks)
+    return ModelSource(weights.path, model, weights.tensors, pieces)
 
 
 def _hugging_face(folder: HFFolder) -> ModelSource:
@@ -136,10 +134,10 @@ def _hugging_face(folder: HFFolder) -> ModelSource:
         infos[entry.native] = TensorInfo(kinds.pop(), entry.shape)
     places = {entry.native: entry for entry in found}
 
-    def chunks(name: str) -> Iterator[Buffer]:
+    def pieces(name: str) -> Iterator[Piece]:
         entry = places[name]
         for run in entry.runs:
-            yield from folder.chunks(entry.hf[run.tensor].name, run.start, run.length)
+            yield folder.span(entry.hf[run.tensor].name, run.start, run.length)
 
     model = _whole(parts, folder.path)
-    return ModelSource(folder.path, model, model.llm.vocab_size, infos, chunks)
+    return ModelSource(folder.path, model, infos, pieces)
