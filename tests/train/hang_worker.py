@@ -67,9 +67,8 @@ def stuck_in_its_own_work() -> None:
     """Three ranks; rank 1 reads for ever, rank 2 waits for it, and rank 0 waits for rank 2."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    pair = dist.new_group([1, 2])
+    pair = dist.new_group([1, 2], group_desc="pair")
     with CallWatch() as calls:
-        calls.labels = {pair.group_name: "pair"}
         watchdog = Watchdog(
             timeout_s=TIMEOUT_S, rank=rank, world_size=3, folder=FOLDER / "hangs", calls=calls
         )
