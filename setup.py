@@ -32,6 +32,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "demo": ["easy-vqa"],
     "data": ["pyarrow", "tiktoken"],
+    "gguf": ["gguf"],
     "dev": [
         "pytest>=8.4",
         "pytest-timeout",
@@ -43,6 +44,9 @@ EXTRAS = {
         "tiktoken",
         # Loads what `convert quantize` writes.
         "compressed-tensors",
+        # Loads GGUF files in transformers, to compare with.
+        "accelerate",
+        "gguf",
     ],
 }
 

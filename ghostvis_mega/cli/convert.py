@@ -18,10 +18,13 @@ Examples (a language model and a tower become one checkpoint; a LLaVA model is c
   python -m ghostvis_mega convert import Qwen2.5-1.5B siglip-so400m --out weights/start \\
     --image-size 336
   python -m ghostvis_mega convert import llava-model --out weights/llava
+  python -m ghostvis_mega convert import SmolLM2-135M-Instruct.Q4_1.gguf --out weights/smollm2 \\
+    --new-tokens 2 --tokenizer weights/smollm2.json
 
 \b
 Read are Qwen2 and Llama text models, SigLIP and CLIP towers, LLaVA of these, and our own exports,
-as safetensors. Exit code: 0 done, 2 not possible; nothing is left behind.
+as safetensors; the text models from llama.cpp's GGUF files as well, put back into floating point.
+Exit code: 0 done, 2 not possible; nothing is left behind.
 """
 EXPORT_HELP = """Write a directory that transformers, vLLM and SGLang load, from a checkpoint.
 
@@ -87,7 +90,9 @@ def refuse(error: GhostVisError) -> typer.Exit:
 
 @convert_app.command("import", help=IMPORT_HELP)
 def import_(
-    sources: Annotated[list[Path], typer.Argument(help="Directories.", show_default=False)],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Directories or .gguf files.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint.", show_default=False)],
     dtype: Dtype = "auto",
     image_size: Annotated[
@@ -102,11 +107,18 @@ def import_(
     vocab_multiple: Annotated[
         int, typer.Option(min=1, help="Pad the vocabulary with zero rows to a multiple.")
     ] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Rows for tokens that the vocabulary lacks (<|image|>).")
+    ] = 0,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Write the vocabulary of a GGUF file as tokenizer.json.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Hugging Face weights become a checkpoint."""
     setup_logging(rank=0)
-    from ghostvis_mega.convert.importer import ImportOptions, import_hf
+    from ghostvis_mega.convert.importer import ImportOptions, import_hf, tokenizer_json
+    from ghostvis_mega.utils.files import write_output
 
     options = ImportOptions(
         dtype=dtype,
@@ -114,10 +126,14 @@ def import_(
         feature_layer=feature_layer,
         post_norm=post_norm,
         vocab_multiple=vocab_multiple,
+        new_tokens=new_tokens,
         force=force,
     )
     try:
+        vocabulary = None if tokenizer is None else tokenizer_json(sources)
         import_hf(sources, out, options)
+        if tokenizer is not None and vocabulary is not None:
+            write_output(tokenizer, vocabulary)
     except GhostVisError as error:
         raise refuse(error) from None
 

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostvis_mega.convert.direct_file import Span
-from ghostvis_mega.convert.mapping import Entry, Parts, entries
-from ghostvis_mega.convert.table import IGNORED, LAYOUTS, Layout
-from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, TensorFile, TensorInfo
-from ghostvis_mega.utils.closing import Closing
+from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.source import Source
+from ghostvis_mega.convert.tensor_file import TensorFile, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class HFFolder(Closing):
+class HFFolder(Source):
     """The tensors of a directory; use it in a `with` statement.
 
     Raises:
@@ -54,6 +52,7 @@ class HFFolder(Closing):
         except CheckpointError:
             self.close()
             raise
+        self.others = {name for file in self._files.values() for name in file.others}
         self.tensors: dict[str, TensorInfo] = {
             name: self._files[file].tensors[name] for name, file in self._file_of.items()
         }
@@ -101,73 +100,11 @@ class HFFolder(Closing):
 
     def close(self) -> None:
         """Let go of the files."""
-        for file in self._files.values():
-            file.close()
+        while self._files:
+            self._files.popitem()[1].close()
 
-    def span(self, name: str, start: int, length: int) -> Span:
-        """Elements of a tensor."""
+    def pieces(self, name: str, start: int, length: int) -> Iterator[Piece]:
+        """Elements of a tensor as bytes of a file, which are read when they are needed."""
         size = self.tensors[name].item_bytes
         file = self._files[self._file_of[name]]
-        return file.span(name, start * size, (start + length) * size)
-
-    def chunks(self, name: str, start: int, length: int) -> Iterator[memoryview]:
-        """The same as bytes, piece by piece; a piece is valid until the next."""
-        return self.span(name, start, length).chunks(CHUNK_BYTES)
-
-    def tensor(self, name: str) -> Any:
-        """A copy of one tensor."""
-        return self._files[self._file_of[name]].tensor(name)
-
-    def find_layout(self, parts: Parts) -> tuple[Layout, list[Entry]]:
-        """The layout whose names are here, and the mapping to it.
-
-        Raises:
-            CheckpointError: No layout has all names, or there are others; names the tensor.
-        """
-        best: tuple[int, Layout, list[Entry]] | None = None
-        for layout in LAYOUTS.values():
-            found = entries(parts, layout)
-            names = {tensor.name for entry in found for tensor in entry.hf}
-            score = len(names & self.tensors.keys())
-            if best is None or score > best[0]:
-                best = (score, layout, found)
-        assert best is not None
-        _, layout, found = best
-        self._check_names(layout, found, tied=parts.llm is not None and parts.llm.tied_embeddings)
-        return layout, found
-
-    def _check_names(self, layout: Layout, found: list[Entry], *, tied: bool) -> None:
-        names = {tensor.name: tensor.shape for entry in found for tensor in entry.hf}
-        for name in names:
-            if name not in self.tensors:
-                hint = " (tie_word_embeddings is false)" if name == layout.head else ""
-                if any(name in file.others for file in self._files.values()):
-                    hint = " as a floating-point tensor"
-                raise CheckpointError(f"{self.path} lacks {name}, which config.json asks for{hint}")
-        ignored = tuple(
-            part.format(
-                llm="\0" if layout.llm is None else layout.llm,
-                tower="\0" if layout.tower is None else layout.tower,
-            )
-            for part in IGNORED
-        )
-        for name in self.tensors:
-            if name in names or name.startswith(ignored) or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name == layout.head and tied:
-                self._check_tied(name, layout)
-                continue
-            raise CheckpointError(f"{self.path} holds {name}, which has no place in the model that "
-                                  "config.json describes")  # fmt: skip
-
-    def _check_tied(self, head: str, layout: Layout) -> None:
-        """A head that is written although it is the embedding must be the embedding."""
-        embedding = f"{layout.llm}embed_tokens.weight"
-        one, other = self.tensors[head], self.tensors[embedding]
-        size = one.num_bytes // one.item_bytes
-        pairs = zip(self.chunks(head, 0, size), self.chunks(embedding, 0, size), strict=False)
-        if one != other or any(bytes(a) != bytes(b) for a, b in pairs):
-            raise CheckpointError(
-                f"{self.path}: {head} differs from {embedding}, but tie_word_embeddings is true. "
-                "Set it to false in config.json."
-            )
+        yield file.span(name, start * size, (start + length) * size)

@@ -14,21 +14,25 @@ import torch.nn.functional as F
 from ghostvis_mega.checkpoint.manifest import write_manifest
 from ghostvis_mega.config.schema import VisionConfig
 from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.gguf_file import SUFFIX, GGUFFile
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.native import layout_of_parts
 from ghostvis_mega.convert.output import Shard, new_directory, write_parallel
+from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.table import VERSION
 from ghostvis_mega.convert.tensor_file import (
+    CHUNK_BYTES,
     CODES,
     DTYPES,
     TensorInfo,
     as_bytes,
     cast,
+    joined,
     shards_of,
 )
-from ghostvis_mega.model.shards import partition_dim
+from ghostvis_mega.model.shards import VOCABULARIES, partition_dim
 from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import CheckpointError
 
@@ -51,6 +55,8 @@ class ImportOptions:
         feature_layer: Which layer of a bare tower feeds the connector.
         post_norm: Whether a bare tower's last norm is applied.
         vocab_multiple: Pad embedding and head with zero rows to a multiple of this.
+        new_tokens: Rows behind the vocabulary for tokens that it lacks; each is the mean of the
+            others, so that the scores of new tokens are as those of any.
         shard_bytes: Largest file.
         force: Replace an existing directory.
     """
@@ -60,6 +66,7 @@ class ImportOptions:
     feature_layer: int | None = None
     post_norm: bool | None = None
     vocab_multiple: int = 1
+    new_tokens: int = 0
     shard_bytes: int = NATIVE_SHARD_BYTES
     force: bool = False
 
@@ -69,25 +76,65 @@ class _Tensor:
     """One parameter of ours on its way in."""
 
     entry: Entry
-    folder: HFFolder
+    source: Source
     info: TensorInfo
     """Of the parameter here."""
-    source: str
+    dtype: str
     """Type of its tensors there."""
     resized: VisionConfig | None = None
     """For a position table that changes its size: the tower that it is made for."""
+    new_rows: int = 0
+    """Behind the source's; zeros follow up to the whole shape."""
 
     def pieces(self) -> Iterator[Piece]:
         if self.resized is not None:
-            table = self.folder.tensor(self.entry.hf[0].name)
+            table = self.source.tensor(self.entry.hf[0].name)
             yield as_bytes(resize_positions(table, self.resized).to(DTYPES[self.info.dtype]))
             return
         for run in self.entry.runs:
-            found = self.folder.span(self.entry.hf[run.tensor].name, run.start, run.length)
-            yield from cast(iter([found]), source=self.source, target=self.info.dtype)
-        padding = prod(self.info.shape) - sum(run.length for run in self.entry.runs)
+            found = self.source.pieces(self.entry.hf[run.tensor].name, run.start, run.length)
+            yield from cast(found, source=self.dtype, target=self.info.dtype)
+        if self.new_rows:
+            yield as_bytes(self._mean_row().repeat(self.new_rows).to(DTYPES[self.info.dtype]))
+        new = self.new_rows * self.info.shape[-1]
+        padding = prod(self.info.shape) - sum(run.length for run in self.entry.runs) - new
         if padding:
             yield bytes(padding * self.info.item_bytes)
+
+    def _mean_row(self) -> torch.Tensor:
+        """fp64 [H], over the source's rows."""
+        (tensor,) = self.entry.hf
+        rows, width = tensor.shape
+        total = torch.zeros(width, dtype=torch.float64)
+        step = max(1, CHUNK_BYTES // width)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            data = joined(self.source.pieces(tensor.name, row * width, count * width))
+            values = torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(count, width)
+            total += values.double().sum(0)
+        return total / rows
+
+
+def open_source(path: Path) -> Source:
+    """A Hugging Face directory or a GGUF file.
+
+    Raises:
+        CheckpointError: It is neither, or not sound.
+    """
+    return GGUFFile(path) if path.suffix == SUFFIX and path.is_file() else HFFolder(path)
+
+
+def tokenizer_json(paths: Sequence[Path]) -> bytes:
+    """The vocabulary of the GGUF file among the sources as the content of a tokenizer.json.
+
+    Raises:
+        CheckpointError: There is none, or its vocabulary has no such form.
+    """
+    found = [path for path in paths if path.suffix == SUFFIX]
+    if len(found) != 1:
+        raise CheckpointError("--tokenizer writes what a .gguf file holds; give one as a source")
+    with GGUFFile(found[0]) as file:
+        return file.tokenizer_json()
 
 
 def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Path:
@@ -105,7 +152,7 @@ def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Pat
     if options.dtype != "auto" and options.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"--dtype {options.dtype} is unknown: use auto, fp32 or bf16")
     with ExitStack() as stack:
-        folders = [stack.enter_context(HFFolder(source)) for source in sources]
+        folders = [stack.enter_context(open_source(path)) for path in sources]
         given = [parts_from_config(folder.config, folder.path) for folder in folders]
         parts = _adjust(_merged(given, folders), options)
         tensors: dict[str, _Tensor] = {}
@@ -119,7 +166,7 @@ def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Pat
     return out
 
 
-def _merged(given: Sequence[Parts], folders: Sequence[HFFolder]) -> Parts:
+def _merged(given: Sequence[Parts], folders: Sequence[Source]) -> Parts:
     merged, owners = Parts(), {}
     for parts, folder in zip(given, folders, strict=True):
         for name in ("llm", "vision", "connector"):
@@ -135,9 +182,12 @@ def _merged(given: Sequence[Parts], folders: Sequence[HFFolder]) -> Parts:
 def _adjust(parts: Parts, options: ImportOptions) -> Parts:
     """The settings that the weights are to have here."""
     llm, vision = parts.llm, parts.vision
-    if llm is not None and options.vocab_multiple > 1:
-        rows = -(-llm.vocab_size // options.vocab_multiple) * options.vocab_multiple
-        llm = llm.model_copy(update={"vocab_size": rows, "vocab_padding": rows - llm.vocab_size})
+    if llm is not None:
+        tokens = llm.vocab_size + options.new_tokens
+        rows = -(-tokens // options.vocab_multiple) * options.vocab_multiple
+        llm = llm.model_copy(update={"vocab_size": rows, "vocab_padding": rows - tokens})
+    elif options.new_tokens:
+        raise CheckpointError("--new-tokens: no source holds a language model")
     changes = {
         "image_size": options.image_size,
         "feature_layer": options.feature_layer,
@@ -162,7 +212,7 @@ def _adjust(parts: Parts, options: ImportOptions) -> Parts:
     return parts
 
 
-def _plan(folder: HFFolder, own: Parts, parts: Parts, options: ImportOptions) -> Iterator[_Tensor]:
+def _plan(folder: Source, own: Parts, parts: Parts, options: ImportOptions) -> Iterator[_Tensor]:
     """What a source gives; every name and shape is checked before a byte is written."""
     _, found = folder.find_layout(own)
     for entry in found:
@@ -183,14 +233,16 @@ def _plan(folder: HFFolder, own: Parts, parts: Parts, options: ImportOptions) ->
                                   "different types, but become one matrix")  # fmt: skip
         dtype = infos[0].dtype if options.dtype == "auto" else DTYPE_NAMES[options.dtype]
         shape, resized = entry.shape, None
-        if entry.native in ("embedding.weight", "head.weight") and parts.llm is not None:
-            shape = (parts.llm.vocab_size, *shape[1:])
+        new_rows = 0
+        if entry.native in VOCABULARIES and parts.llm is not None:
+            shape, new_rows = (parts.llm.vocab_size, *shape[1:]), options.new_tokens
         if entry.native == _POSITIONS and parts.vision != own.vision:
             assert parts.vision is not None
             count = parts.vision.num_patches + (parts.vision.kind == "clip")
             if (count, shape[1]) != shape:
                 resized, shape = parts.vision, (count, shape[1])
-        yield _Tensor(entry, folder, TensorInfo(dtype, shape), infos[0].dtype, resized)
+        info = TensorInfo(dtype, shape)
+        yield _Tensor(entry, folder, info, infos[0].dtype, resized, new_rows)
 
 
 def resize_positions(table_PC: torch.Tensor, vision: VisionConfig) -> torch.Tensor:
@@ -214,7 +266,7 @@ def _write(
     folder: Path,
     tensors: dict[str, _Tensor],
     parts: Parts,
-    folders: Sequence[HFFolder],
+    folders: Sequence[Source],
     options: ImportOptions,
 ) -> None:
     shards: list[Shard] = []

@@ -51,8 +51,8 @@ class NativeWeights(Closing):
     def close(self) -> None:
         """Close the checkpoint's files."""
         self.reader.close()
-        for file in self._files.values():
-            file.close()
+        while self._files:
+            self._files.popitem()[1].close()
 
     @property
     def hf_vocab(self) -> int | None:

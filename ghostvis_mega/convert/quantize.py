@@ -140,7 +140,7 @@ def _stream(
 ) -> Iterator[tuple[str, Iterator[Piece]]]:
     for name, info in folder.tensors.items():
         if name not in linear:
-            yield name, iter([folder.span(name, 0, info.num_bytes // info.item_bytes)])
+            yield name, folder.pieces(name, 0, info.num_bytes // info.item_bytes)
             continue
         scales: list[torch.Tensor] = []
         yield name, _quantised(folder, name, scheme, scales, errors)
@@ -161,7 +161,7 @@ def _quantised(
     signal = noise = largest = 0.0
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        data = joined([folder.span(name, row * width, count * width)])
+        data = joined(folder.pieces(name, row * width, count * width))
         weight_OI = torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(count, width)
         quantised, scale_O1 = scheme.weight(weight_OI)
         scales.append(scale_O1)
