@@ -257,7 +257,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     freeze: tuple[Module, ...] = ()
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation checkpointing of the LLM."""
+    """Activation checkpointing of the LLM: nothing, the MLP of each layer, or whole layers."""
     deterministic: bool = False
     """Equal runs give equal bits: reproducible kernels only, on the CPU one thread a process."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -147,15 +147,10 @@ def _llm_flops(
         memory_grad=grads["input_grad"],
         share=share,
     )
-    layer = (
-        _linear(rows, h, q + 2 * kv, **grads)
-        + core
-        + _linear(rows, q, h, **grads)
-        + _linear(rows, h, gated * f, **grads)
-        + _linear(rows, f, h, **grads)
-    )
+    mlp = _linear(rows, h, gated * f, **grads) + _linear(rows, f, h, **grads)
+    layer = _linear(rows, h, q + 2 * kv, **grads) + core + _linear(rows, q, h, **grads) + mlp
     head = _linear(head_rows, h, v, **grads)
-    again = {"none": 0, "selective": core.forward, "full": layer.forward}[recompute]
+    again = {"none": 0, "selective": mlp.forward, "full": layer.forward}[recompute]
     again = llm.num_layers * again if grads["input_grad"] else 0
     return PartFlops(
         llm.num_layers * layer.forward + head.forward,

@@ -155,6 +155,9 @@ def test_recomputation_is_reported_apart():
     head = 2 * 5 * LLM["hidden_size"] * LLM["vocab_size"]
     assert again.llm.recompute == again.llm.forward - head
     assert again.total == once.total
+    mlps = batch_flops(model, **given, trained={"llm", "projector"}, llm_recompute="selective")
+    gate, up, down = 3 * [2 * 32 * LLM["hidden_size"] * LLM["ffn_hidden_size"]]
+    assert mlps.llm.recompute == LLM["num_layers"] * (gate + up + down)
     frozen = batch_flops(model, **given, trained={"llm"})
     assert frozen.vision.recompute == 0, "nobody needs the tower's graph"
 

@@ -1,10 +1,13 @@
 """The LLM against transformers' models; packs against separate samples, without a leak."""
 
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+from torch import nn
 
 from ghostvis_mega.model.attention import SDPACoreAttention
 from ghostvis_mega.model.llm import LLMChunk, splice
@@ -31,6 +34,11 @@ LENGTHS = (9, 1, 14, 6)
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(8, 96, shape, generator=generator)
+
+
+def counted(layer: type[nn.Module]) -> AbstractContextManager[mock.Mock]:
+    """Counts the calls of a kind of layer."""
+    return mock.patch.object(layer, "forward", autospec=True, side_effect=layer.forward)
 
 
 def make_samples(seed: int = 0) -> list[torch.Tensor]:
@@ -162,14 +170,18 @@ def test_merged_segments_leak(groups: Groups, pack: tuple) -> None:
 
 # Megatron-Core warns in case the attention were Transformer Engine's.
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning")
-@pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("selective", 2), ("full", 2)])
-def test_recompute_runs_attention_again(groups: Groups, recompute: str, runs: int) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "attention", "mlp"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)]
+)
+def test_recompute_runs_parts_again(
+    groups: Groups, recompute: str, attention: int, mlp: int
+) -> None:
     chunk = make_llm(llm_config(), groups, recompute=recompute)
     inputs = to_input(make_pack(make_samples()))
-    attend = SDPACoreAttention.forward
-    with mock.patch.object(SDPACoreAttention, "forward", autospec=True, side_effect=attend) as ran:
+    with counted(SDPACoreAttention) as attended, counted(MLP) as widened:
         chunk.loss_sum(chunk(inputs, None), inputs).backward()
-    assert ran.call_count == runs * chunk.llm.num_layers
+    assert attended.call_count == attention * chunk.llm.num_layers
+    assert widened.call_count == mlp * chunk.llm.num_layers
 
 
 def test_splice_fills_exactly_the_slots() -> None:
