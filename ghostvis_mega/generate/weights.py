@@ -137,7 +137,7 @@ def _hugging_face(folder: HFFolder) -> ModelSource:
     def pieces(name: str) -> Iterator[Piece]:
         entry = places[name]
         for run in entry.runs:
-            yield folder.span(entry.hf[run.tensor].name, run.start, run.length)
+            yield from folder.pieces(entry.hf[run.tensor].name, run.start, run.length)
 
     model = _whole(parts, folder.path)
     return ModelSource(folder.path, model, infos, pieces)
