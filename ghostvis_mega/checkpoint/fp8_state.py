@@ -2,6 +2,9 @@
 
 Transformer Engine would put them into a checkpoint as a pickle; here they are tensors like others.
 Every other recipe takes its scales from the tensor at hand and remembers nothing.
+
+Transformer Engine takes the largest value over all data- and tensor-parallel ranks, so all ranks
+that hold a layer remember the same of it, and a run in another layout takes it from any of them.
 """
 
 import logging
@@ -12,11 +15,11 @@ import torch
 from megatron.core.fp8_utils import get_fp8_recipe
 from torch import nn
 
+from ghostvis_mega.checkpoint.reader import FP8_PREFIX
 from ghostvis_mega.model.llm import LLMChunk
 
 log = logging.getLogger(__name__)
 
-PREFIX = "fp8/"
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 _FIELDS = ("scale", "amax_history")
 _TENSORS_PER_GEMM = 3
@@ -35,17 +38,21 @@ def capture_fp8_state(chunks: Iterable[LLMChunk]) -> list[tuple[str, torch.Tenso
     ]
 
 
-def restore_fp8_state(chunks: Iterable[LLMChunk], saved: Mapping[str, torch.Tensor]) -> None:
+def restore_fp8_state(
+    chunks: Iterable[LLMChunk], saved: Mapping[str, torch.Tensor], *, of_all_ranks: bool = False
+) -> None:
     """Put scales and histories back, before the first forward pass.
 
     Args:
         chunks: The model of this rank.
         saved: From `capture_fp8_state`; other names are left alone.
+        of_all_ranks: Whether `saved` is of the whole model, so that some layers are elsewhere.
     """
-    mine = {name: tensor for name, tensor in saved.items() if name.startswith(PREFIX)}
+    mine = {name: tensor for name, tensor in saved.items() if name.startswith(FP8_PREFIX)}
     known = dict(_modules(chunks)) if mine else {}
     by_module = {name.rsplit("/", 2)[0] for name in mine}
-    if unknown := sorted(by_module - known.keys()):
+    unknown = sorted(by_module - known.keys())
+    if unknown and not of_all_ranks:
         log.warning(
             "the checkpoint holds FP8 scales of %s, which does not run in FP8: left out", unknown[0]
         )
@@ -62,10 +69,10 @@ def restore_fp8_state(chunks: Iterable[LLMChunk], saved: Mapping[str, torch.Tens
 
 
 def _modules(chunks: Iterable[LLMChunk]) -> Iterator[tuple[str, Any]]:
-    """Transformer Engine's modules of an FP8 model with delayed scaling, by unique name."""
-    for number, chunk in enumerate(chunks):
+    """Transformer Engine's modules of an FP8 model with delayed scaling, by global name."""
+    for chunk in chunks:
         if getattr(chunk.config, "fp8", None) is None or chunk.config.fp8_recipe != "delayed":
             continue
         for name, module in chunk.named_modules():
             if isinstance(module, nn.Module) and hasattr(module, "init_fp8_meta_tensors"):
-                yield f"{PREFIX}{number}.{name}", module
+                yield f"{FP8_PREFIX}{chunk.global_name(name)}", module

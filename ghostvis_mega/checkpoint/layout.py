@@ -1,7 +1,8 @@
 """Settings that a resumed run must share with the run that saved, and the sentence if it does not.
 
-Learning rates, the number of steps, logging and the like may change between the two. A run that
-takes over weights alone must share only what these weights mean something with.
+Learning rates, the number of steps, logging, the number of processes and how the model is cut
+between them may change between the two. A run that takes over weights alone must share only what
+these weights mean something with.
 """
 
 import json
@@ -20,6 +21,18 @@ _NOT_SHAPES = ("preset", "init_std")
 _ABSENT = "absent"
 _BOUNDS = ("model.llm.max_positions", "model.vision.image_size")
 """Fields of a module that its weights do not depend on, or that their shapes show."""
+PLACES = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
+    "world_size",
+)
+"""Fields that say which part of the model a rank has. A run with other values resumes as well:
+elements are found by name and number, and batches do not depend on these."""
+_ELASTIC = (*PLACES, *(f"zero_stage.{name}" for name in ENGINES))
 
 
 def engine_name(engine: TrainEngine, zero: object) -> str:
@@ -75,7 +88,7 @@ def layout_problem(
         saved: Its fields.
         here: This run's.
     """
-    different = _different(saved, here)
+    different = [field for field in _different(saved, here) if field not in _ELASTIC]
     if not different:
         return None
     field = different[0]
@@ -85,6 +98,20 @@ def layout_problem(
         f"{path} does not fit this run: {field} is {_text(there)} in the checkpoint and "
         f"{_text(mine)} here{others}. "
         f"{_fix(field, there)}, or checkpoint.resume=none to start anew."
+    )
+
+
+def same_places(saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]) -> bool:
+    """Whether each rank has the part of the model that the rank of its number had."""
+    return not set(_different(saved, here)) & set(PLACES)
+
+
+def layout_change(saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]) -> str:
+    """What differs in the cut, as `world_size 2 -> 4, parallel.tensor 1 -> 2`; empty if nothing."""
+    return ", ".join(
+        f"{field} {_text(saved.get(field, _ABSENT))} -> {_text(here.get(field, _ABSENT))}"
+        for field in _different(saved, here)
+        if field in _ELASTIC
     )
 
 
@@ -137,11 +164,6 @@ def _text(value: JsonValue) -> str:
 
 
 def _fix(field: str, there: JsonValue) -> str:
-    if field == "world_size":
-        return f"Start {there} processes"
-    if field.startswith("zero_stage."):
-        name = field.removeprefix("zero_stage.")
-        return f"Set deepspeed.{name} to a file with zero_optimization.stage={_text(there)}"
     if there == _ABSENT:
         return f"Remove {field}"
     return f"Set {field}={_text(there)}"

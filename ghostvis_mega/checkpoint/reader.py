@@ -14,6 +14,9 @@ from ghostvis_mega.model.shards import unshard
 from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
 
+FP8_PREFIX = "fp8/"
+"""Of what delayed FP8 scaling remembers, in the files of the random generators."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -167,6 +170,15 @@ class CheckpointReader(Closing):
         file = self._file(name)
         keys = file.keys()
         return {key: self._tensor(name, key) for key in keys}, dict(file.metadata() or {})
+
+    def fp8_state(self) -> dict[str, torch.Tensor]:
+        """Scales and histories of every quantised layer, of the first rank that saved it."""
+        found: dict[str, torch.Tensor] = {}
+        for name in self.files("random"):
+            for key in self._file(name).keys():  # noqa: SIM118 - a file is no mapping
+                if key.startswith(FP8_PREFIX) and key not in found:
+                    found[key] = self._tensor(name, key)
+        return found
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

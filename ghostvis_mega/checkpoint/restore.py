@@ -6,6 +6,7 @@ import torch
 
 from ghostvis_mega.checkpoint.held import (
     Held,
+    Span,
     gather_persistent,
     held_parameters,
     optimizer_span,
@@ -19,13 +20,12 @@ from ghostvis_mega.checkpoint.layout import (
     layout_problem,
     model_differences,
 )
-from ghostvis_mega.checkpoint.manifest import Kind
 from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.checkpoint.resharding import Part, missing_part, read_part
 from ghostvis_mega.checkpoint.snapshot import parameter_entries, saved_kinds
 from ghostvis_mega.checkpoint.together import on_every_rank
 from ghostvis_mega.engine.optimizer import module_of
 from ghostvis_mega.engine.step import TrainEngine
-from ghostvis_mega.model.shards import shard
 
 
 def resume_problems(engine: TrainEngine, reader: CheckpointReader) -> Iterator[str]:
@@ -36,22 +36,14 @@ def resume_problems(engine: TrainEngine, reader: CheckpointReader) -> Iterator[s
         yield problem
         return
     yield from _parameter_problems(engine, reader, set(engine.run.model.modules), same_dtype=True)
-    if reader.random_file(engine.groups.rank) not in manifest.files:
-        yield f"{reader.path} holds no {reader.random_file(engine.groups.rank)}"
     engines = {engine_name(engine, zero) for zero in engine.engines}
     if engines != set(manifest.optimizer_steps):
         yield f"{reader.path} holds no optimizer_steps of {sorted(engines)}"
     for held in held_parameters(engine):
         for kind, span in (("weights", weight_span(held)), ("optimizer", optimizer_span(held))):
             if span is not None and held.name in manifest.parameters:
-                problem = reader.missing(
-                    kind,
-                    held.name,
-                    tensor_rank=held.tensor_rank,
-                    start=span.start,
-                    length=span.length,
-                )
-                if problem:
+                wanted = _part(engine, held, span)
+                if problem := missing_part(reader, kind, held.name, wanted):
                     yield problem
 
 
@@ -137,28 +129,26 @@ def _restore_elements(engine: TrainEngine, reader: CheckpointReader) -> None:
     """Without any collective: a rank that fails here must not leave others in one."""
     for held in held_parameters(engine):
         if (span := weight_span(held)) is not None:
-            span.tensors["weight"].copy_(_read(reader, "weights", held, span.start, span.length))
-        _restore_optimizer(reader, held)
+            weight = read_part(reader, "weights", held.name, _part(engine, held, span))
+            span.tensors["weight"].copy_(weight)
+        _restore_optimizer(engine, reader, held)
 
 
-def _restore_optimizer(reader: CheckpointReader, held: Held) -> None:
+def _restore_optimizer(engine: TrainEngine, reader: CheckpointReader, held: Held) -> None:
     span = optimizer_span(held)
     if span is None:
         return
-    kinds = saved_kinds(held)
+    kinds, wanted = saved_kinds(held), _part(engine, held, span)
     for kind in kinds:
-        value = _read(reader, "optimizer", held, span.start, span.length, prefix=f"{kind}/")
+        value = read_part(reader, "optimizer", held.name, wanted, prefix=f"{kind}/")
         span.tensors[kind].copy_(value)
     if "master" not in kinds:
-        span.tensors["master"].copy_(_read(reader, "weights", held, span.start, span.length))
+        span.tensors["master"].copy_(read_part(reader, "weights", held.name, wanted))
 
 
-def _read(
-    reader: CheckpointReader, kind: Kind, held: Held, start: int, length: int, prefix: str = ""
-) -> torch.Tensor:
-    return reader.read(
-        kind, held.name, tensor_rank=held.tensor_rank, start=start, length=length, prefix=prefix
-    )
+def _part(engine: TrainEngine, held: Held, span: Span) -> Part:
+    parts = engine.groups.degrees.tensor if held.cut else 1
+    return Part(rank=held.tensor_rank, parts=parts, start=span.start, length=span.length)
 
 
 @torch.no_grad()
@@ -182,14 +172,8 @@ def restore_weights(
 
 def _restore_parts(engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]) -> None:
     """This rank's share of them, without any collective."""
-    gated = engine.run.model.llm.activation == "swiglu"
     for held in held_parameters(engine):
         span = weight_span(held)
-        if span is None or module_of(held.name) not in modules:
-            continue
-        whole = reader.weight(held.name)
-        if held.cut:
-            size = engine.groups.degrees.tensor
-            whole = shard(whole, held.name, size=size, rank=held.tensor_rank, gated=gated)
-        part = whole.reshape(-1)[span.start : span.start + span.length]
-        span.tensors["weight"].copy_(part)
+        if span is not None and module_of(held.name) in modules:
+            weight = read_part(reader, "weights", held.name, _part(engine, held, span))
+            span.tensors["weight"].copy_(weight)

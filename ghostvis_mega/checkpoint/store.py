@@ -16,7 +16,12 @@ from pydantic import JsonValue
 from ghostvis_mega.checkpoint.folder import CheckpointFolder, open_complete
 from ghostvis_mega.checkpoint.fp8_state import restore_fp8_state
 from ghostvis_mega.checkpoint.held import optimizer_steps
-from ghostvis_mega.checkpoint.layout import engine_name, layout_of
+from ghostvis_mega.checkpoint.layout import (
+    engine_name,
+    layout_change,
+    layout_of,
+    same_places,
+)
 from ghostvis_mega.checkpoint.manifest import FileInfo, size_problem, write_manifest
 from ghostvis_mega.checkpoint.random_state import restore_random_state
 from ghostvis_mega.checkpoint.reader import CheckpointReader
@@ -146,7 +151,8 @@ class CheckpointStore:
         All files are verified before a tensor reaches the model.
 
         Raises:
-            CheckpointError: A file is missing or damaged, or the checkpoint is of another layout.
+            CheckpointError: A file is missing or damaged, or the checkpoint is of another model, or
+                of other batches.
         """
         with _opened(path) as reader:
             _verify(reader, engine.groups, resume_problems(engine, reader), reader.files())
@@ -154,14 +160,25 @@ class CheckpointStore:
             on_every_rank(lambda: _restore_own(engine, reader))
             manifest = reader.manifest
         log.info("resumed from %s after step %d", path, manifest.step)
+        if change := layout_change(manifest.layout, layout_of(engine)):
+            log.info("the layout is another one: %s", change)
         return TrainState(manifest.step, manifest.sequences, manifest.extra)
 
 
 def _restore_own(engine: TrainEngine, reader: CheckpointReader) -> None:
-    """What each rank keeps for itself."""
-    tensors, texts = reader.random_state(engine.groups.rank)
-    restore_random_state(tensors, texts)
-    restore_fp8_state(engine.parts.chunks, tensors)
+    """What each rank keeps for itself.
+
+    In another layout there is no such rank: the generators stay as a new run has them. Nothing in
+    training draws from them; dropout and augmentation are functions of seed and step.
+    """
+    saved, rank = reader.manifest.layout, engine.groups.rank
+    if same_places(saved, layout_of(engine)) and reader.random_file(rank) in reader.manifest.files:
+        tensors, texts = reader.random_state(rank)
+        restore_random_state(tensors, texts)
+        restore_fp8_state(engine.parts.chunks, tensors)
+        return
+    if engine.run.train.fp8 == "delayed":
+        restore_fp8_state(engine.parts.chunks, reader.fp8_state(), of_all_ranks=True)
 
 
 def load_weights(

@@ -99,13 +99,19 @@ class LLMChunk(MegatronModule):
         """Parameters under their global names; a tied head of a later stage is another copy of the
         embedding."""
         for name, parameter in self.named_parameters():
-            name = canonical_name(name)
-            if name.startswith("decoder.layers."):
-                _, _, index, rest = name.split(".", 3)
-                name = f"decoder.layers.{self.decoder.layers[int(index)].layer_number - 1}.{rest}"
-            elif name == "head.weight" and self.llm.tied_embeddings:
+            name = self.global_name(canonical_name(name))
+            if name == "head.weight" and self.llm.tied_embeddings:
                 name = "embedding.weight"
             yield name, parameter
+
+    def global_name(self, name: str) -> str:
+        """Name of a parameter or module of this chunk, with the layer's number in the whole
+        model."""
+        if not name.startswith("decoder.layers."):
+            return name
+        _, _, index, *rest = name.split(".", 3)
+        number = self.decoder.layers[int(index)].layer_number - 1
+        return ".".join(["decoder.layers", str(number), *rest])
 
     def initialize(self, seed: int) -> None:
         """Fill the parameters with values that depend on (seed, global name) alone."""

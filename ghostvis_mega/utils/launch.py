@@ -148,7 +148,7 @@ def run_ranks(
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")])),
         "LAUNCH_FOLDER": str(folder),
         "LAUNCH_FUSE_S": str(timeout_s + 60),
@@ -186,7 +186,7 @@ def _start(
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port for the ranks to meet at, seconds from now.
 
     Not one that the system would hand out: by then it might have, to any connection.

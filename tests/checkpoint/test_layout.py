@@ -5,7 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from ghostvis_mega.checkpoint.layout import layout_of, layout_problem, model_differences
+from ghostvis_mega.checkpoint.layout import (
+    layout_change,
+    layout_of,
+    layout_problem,
+    model_differences,
+    same_places,
+)
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.certify import problem
 
@@ -38,14 +44,6 @@ def test_learning_rate_and_length_of_the_run_may_change(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"parallel": {"tensor": 2}}, "parallel.tensor is 1 in the checkpoint and 2 here. Set p"),
-        ({"parallel": {"pipeline": 2}}, "parallel.pipeline is 1 in the checkpoint and 2 here"),
-        ({"world_size": 2}, "world_size is 4 in the checkpoint and 2 here. Start 4 processes, or"),
-        (
-            {"stage": 3},
-            "zero_stage.llm is 1 in the checkpoint and 3 here (also different: zero_stage.vision). "
-            "Set deepspeed.llm to a file with zero_optimization.stage=1, or",
-        ),
         (
             {"model": {"llm": {"num_layers": 8}}},
             "model.llm.num_layers is 4 in the checkpoint and 8",
@@ -53,7 +51,7 @@ def test_learning_rate_and_length_of_the_run_may_change(tmp_path: Path):
         ({"model": {"vision": {"post_norm": True}}}, "model.vision.post_norm is false in"),
         (
             {"train": {"freeze": ["llm"]}},
-            'train.freeze is [] in the checkpoint and ["llm"] here (also different: zero_stage.l',
+            'train.freeze is [] in the checkpoint and ["llm"] here. Set train.freeze=[], or',
         ),
         ({"train": {"precision": "bf16"}, "stage": 2}, "train.precision is fp32 in"),
         ({"batch": {"global_size": 16}}, "batch.global_size is 8 in the checkpoint and 16 here"),
@@ -71,6 +69,24 @@ def test_what_differs_is_named_with_both_values_and_the_fix(
     assert problem_text is not None
     assert problem_text.startswith(f"{PATH} does not fit this run: {says}")
     assert problem_text.endswith("or checkpoint.resume=none to start anew.")
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "same"),
+    [
+        ({"parallel": {"tensor": 2}}, "parallel.tensor 1 -> 2", False),
+        ({"parallel": {"pipeline": 2, "first_stage_layers": 3}}, "layers absent -> 3", False),
+        ({"world_size": 2}, "world_size 4 -> 2", False),
+        ({"stage": 3}, "zero_stage.llm 1 -> 3, zero_stage.vision 1 -> 2", True),
+        ({}, "", True),
+    ],
+)
+def test_the_cut_may_change(tmp_path: Path, change: dict, says: str, same: bool):
+    saved, here = fields(tmp_path), fields(tmp_path, **change)
+    assert layout_problem(PATH, saved=saved, here=here) is None
+    assert layout_change(saved, here).endswith(says)
+    assert bool(layout_change(saved, here)) == bool(change)
+    assert same_places(saved, here) == same
 
 
 WHOLE = ("llm", "vision", "projector")

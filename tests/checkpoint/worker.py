@@ -254,7 +254,7 @@ def damage(ranks: Ranks) -> None:
     dist.barrier()
     store = CheckpointStore(ranks.folder / "unused", keep=1)
     flipped = ranks.refusal(lambda: store.load(copy, engine))
-    other = ranks.folder / "tp2sp_pp2_zero1" / source.name
+    other = ranks.folder / BY_NAME["pp2 frozen llm"].folder / source.name
     layout = ranks.refusal(lambda: store.load(other, engine))
     blocked = ranks.folder / "blocked"
     if ranks.rank == 0:
@@ -281,8 +281,6 @@ def weights_alone(ranks: Ranks) -> None:
     engine = ranks.engine(cut, groups)
     taken = load_weights(source, engine)
     agree_on_host = buffers_agree(engine)
-    even = CheckpointStore(ranks.folder / BY_NAME["tp2sp pp2 zero1"].folder, keep=1)
-    refusal = ranks.refusal(lambda: even.load(even.find("auto"), engine))
     path = CheckpointStore(ranks.folder / "cut", keep=1).save(engine, step=0, extra={})
     losses = [ranks.steps(engine, BEFORE, 1)[0][0]]
     destroy_groups()
@@ -312,7 +310,6 @@ def weights_alone(ranks: Ranks) -> None:
         "buffers_agree": all(ranks.everywhere(agree and agree_on_host)),
         "differing": ranks.everywhere(differing(mine, weights_of(engine))),
         "losses": [*losses, ranks.steps(engine, BEFORE, 1)[0][0]],
-        "refusal": refusal,
     }
     destroy_groups()
 
