@@ -159,16 +159,15 @@ class Training:
 
         def save(steps: int) -> None:
             extra = {"data": feed.state(), "guards": guards.state()}
-            store.save(engine, step=steps, extra=extra)
+            store.begin(engine, step=steps, extra=extra)
             if exporter is not None:
                 self.world.watchdog.alive("the Hugging Face export")
                 exporter.save(engine, step=steps)
 
         def go_back() -> int | None:
-            found = store.find("auto")
-            if found is None:
+            state = store.resume("auto", engine)
+            if state is None:
                 return None
-            state = store.load(found, engine)
             guards.go_back(state.extra.get("guards"))
             return state.step
 
@@ -199,6 +198,8 @@ class Training:
             log.info("nothing left to train: %d of %d steps are done", start, run.train.steps)
         loss = loop.run(start=start)
         feed.close()
+        self.world.watchdog.alive("the end of the last save")
+        store.close()
         summary: Summary = {"status": self.stop.reason if self.stop.agreed else "finished"}
         if loss is not None:
             summary["loss"] = loss
@@ -239,15 +240,14 @@ class Training:
         """Take over the checkpoint that the settings name, if any; returns the steps done.
 
         Raises:
-            CheckpointError: It is missing, damaged, of another layout or of other data.
+            CheckpointError: It is missing, damaged, of another model or of other data.
         """
         checkpoint = self.run.checkpoint
-        found = store.find(checkpoint.resume)
-        if found is None:
+        state = store.resume(checkpoint.resume, engine)
+        if state is None:
             if checkpoint.weights is not None:
                 load_weights(checkpoint.weights, engine, modules=checkpoint.weights_of or None)
             return 0
-        state = store.load(found, engine)
         data = state.extra.get("data")
         if isinstance(data, dict):
             feed.check_state(data, step=state.step)

@@ -44,11 +44,23 @@ def open_complete(path: Path) -> Found:
     return Found(path, manifest)
 
 
+def _of_its_name(found: Found) -> Found:
+    """A directory that was swapped with another would take a run to another step."""
+    match = _COMPLETE.fullmatch(found.path.name)
+    assert match is not None
+    if int(match[1]) != found.manifest.step:
+        raise CheckpointError(f"{found.path} holds a checkpoint after step {found.manifest.step}")
+    return found
+
+
 class CheckpointFolder:
     """All operations are of one process; the first rank calls those that change something."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.damaged: set[str] = set()
+        """Names of directories that turned out damaged although their sizes are right: they do not
+        count."""
 
     def directory(self, step: int) -> Path:
         """Where the checkpoint after `step` steps lies."""
@@ -70,8 +82,10 @@ class CheckpointFolder:
         """Complete checkpoints, oldest save first; a damaged one is left out with a warning."""
         found = []
         for path in self.candidates():
+            if path.name in self.damaged:
+                continue
             try:
-                found.append(open_complete(path))
+                found.append(_of_its_name(open_complete(path)))
             except CheckpointError as error:
                 log.warning("%s is not used: %s", path.name, error)
         return sorted(found, key=lambda one: (one.manifest.serial, one.manifest.step))
@@ -88,21 +102,38 @@ class CheckpointFolder:
             return complete[-1].path
         if broken := self.candidates():
             raise CheckpointError(
-                f"{self.path} holds {len(broken)} checkpoints, but none is complete; the warnings "
-                "above say why. Set checkpoint.resume=none to start anew."
+                f"{self.path} holds {len(broken)} checkpoints, but none is complete and sound; the "
+                "warnings above say why. Set checkpoint.resume=none to start anew."
             )
         return None
 
-    def begin(self, step: int) -> Path:
-        """An empty directory to write into; what interrupted saves left behind is removed."""
+    def begin(self, step: int, *, num_bytes: int = 0) -> Path:
+        """An empty directory to write into; what interrupted saves left behind is removed.
+
+        Args:
+            step: Of the new checkpoint.
+            num_bytes: What will be written.
+
+        Raises:
+            CheckpointError: The disk has less room than that.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
             if _LEFTOVER.fullmatch(path.name) and path.is_dir():
                 log.info("removing %s, left by an interrupted save", path)
                 shutil.rmtree(path)
+        if num_bytes > (free := shutil.disk_usage(self.path).free):
+            raise CheckpointError(
+                f"{self.path} needs {num_bytes / 1e9:.3f} GB for it and has {free / 1e9:.3f} GB "
+                "left. Make room, or lower checkpoint.keep: one more than it names must fit"
+            )
         temporary = self.temporary(step)
         temporary.mkdir()
         return temporary
+
+    def discard(self, step: int) -> None:
+        """Remove what a failed save has written, to give its room back."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def next_serial(self) -> int:
         """One more than the newest complete checkpoint's."""
@@ -129,7 +160,8 @@ class CheckpointFolder:
     def prune(self, keep: int) -> list[Path]:
         """Delete all complete checkpoints but the newest `keep`; returns what was deleted.
 
-        One that cannot be deleted stays, with a warning: it costs space but no work.
+        Damaged ones do not count, so that as many sound ones stay. One that cannot be deleted
+        stays, with a warning: it costs space but no work.
         """
         deleted = []
         for old in self.complete()[:-keep]:

@@ -163,7 +163,11 @@ def digest_problem(directory: Path, name: str, info: FileInfo) -> str | None:
     """As `size_problem`, and the content is compared with its SHA-256."""
     if problem := size_problem(directory, name, info):
         return problem
-    if (found := sha256_file(directory / name)) != info.sha256:
+    try:
+        found = sha256_file(directory / name)
+    except OSError as error:
+        return f"{directory / name} cannot be read: {error.strerror}"
+    if found != info.sha256:
         return (
             f"{directory / name} is damaged: its sha256 is {found[:12]}..., "
             f"the manifest says {info.sha256[:12]}..."

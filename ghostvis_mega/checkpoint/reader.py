@@ -1,6 +1,7 @@
 """Reads elements of parameters out of a checkpoint's files, wherever they lie."""
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ghostvis_mega.model.shards import unshard
 from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
 
+_DIGEST_THREADS = 4
 FP8_PREFIX = "fp8/"
 """Of what delayed FP8 scaling remembers, in the files of the random generators."""
 
@@ -66,8 +68,9 @@ class CheckpointReader(Closing):
     def damage(self, names: list[str]) -> list[str]:
         """Sentences about those files whose size or SHA-256 is wrong; reads them whole."""
         infos = self.manifest.files
-        found = [digest_problem(self.path, name, infos[name]) for name in names]
-        return [problem for problem in found if problem]
+        with ThreadPoolExecutor(_DIGEST_THREADS, thread_name_prefix="digest") as pool:
+            found = pool.map(lambda name: digest_problem(self.path, name, infos[name]), names)
+            return [problem for problem in found if problem]
 
     def missing(
         self, kind: Kind, name: str, *, tensor_rank: int, start: int, length: int

@@ -1,9 +1,10 @@
-"""What one rank writes: its files with their tensors, and what it knows of the parameters."""
+"""What one rank saves: its files with their tensors, and what it knows of the parameters.
+
+A `Snapshot` is all of it in host memory, so that training goes on while it is written.
+"""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,25 @@ from ghostvis_mega.checkpoint.held import (
     Held,
     held_parameters,
     optimizer_span,
+    optimizer_steps,
     saves_optimizer_state,
     saves_weight,
     weight_span,
 )
+from ghostvis_mega.checkpoint.layout import engine_name, layout_of
 from ghostvis_mega.checkpoint.manifest import Kind
 from ghostvis_mega.checkpoint.random_state import capture_random_state
-from ghostvis_mega.checkpoint.tensors import write_tensors
-from ghostvis_mega.engine.optimizer import module_of
+from ghostvis_mega.checkpoint.tensors import FileImage
+from ghostvis_mega.engine.optimizer import host_threads, module_of
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.model.init import unsharded_shape
 from ghostvis_mega.model.shards import partition_dim
+from ghostvis_mega.utils.environment import package_versions
+from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.files import canonical_json
+
+_ROUND_BYTES = 1 << 20
+"""So that a file which grows by a few bytes still fits."""
 
 
 @dataclass
@@ -78,22 +87,111 @@ def saved_kinds(held: Held) -> tuple[str, ...]:
     return MOMENTS if held.parameter.dtype == torch.float32 else ("master", *MOMENTS)
 
 
-def write_rank_files(
-    folder: Path, files: Iterable[RankFile], *, rank: int, tensor_rank: int
-) -> dict[str, dict[str, Any]]:
-    """Write all files of a rank; returns their entries for the manifest."""
-    entries = {}
-    for file in files:
-        size, sha256 = write_tensors(folder / file.name, file.tensors, metadata=file.metadata)
-        entries[file.name] = {
-            "bytes": size,
-            "sha256": sha256,
-            "kind": file.kind,
-            "rank": rank,
-            "tensor_rank": tensor_rank,
-            "slices": file.slices,
-        }
-    return entries
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of one rank between two steps, in host memory."""
+
+    rank: int
+    step: int
+    """Optimizer steps done."""
+    files: dict[str, torch.Tensor]
+    """Content of each file, uint8; overwritten by the next snapshot into the same buffers."""
+    entries: dict[str, dict[str, Any]]
+    """What the manifest says of each file, but for its digest."""
+    about: dict[str, Any]
+    """Sections of the manifest to which every rank adds."""
+    shared: dict[str, Any]
+    """Sections of the manifest that are the same on all ranks."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What this rank will write, with its share of the manifest."""
+        words = len(canonical_json([self.entries, self.about]))
+        return sum(content.numel() for content in self.files.values()) + words
+
+
+class HostBuffers:
+    """Host memory for snapshots, kept from one to the next; pinned where there is CUDA.
+
+    Pinned memory is registered by hand: PyTorch's own allocator would round it up to a power of
+    two.
+    """
+
+    def __init__(self, *, pinned: bool):
+        self.pinned = pinned
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, num_bytes: int) -> torch.Tensor:
+        """A buffer of this size; its content is that of the last one of this name, or anything."""
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < num_bytes:
+            self._drop(name)
+            kept = torch.empty(-(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES, dtype=torch.uint8)
+            if self.pinned:
+                _check_cuda(torch.cuda.cudart().cudaHostRegister(kept.data_ptr(), kept.numel(), 0))
+            self._kept[name] = kept
+        return kept[:num_bytes]
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for name in list(self._kept):
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        kept = self._kept.pop(name, None)
+        if kept is not None and self.pinned:
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(kept.data_ptr()))
+
+
+def _check_cuda(code: Any) -> None:
+    if int(code) != 0:
+        raise CheckpointError(
+            f"host memory for the snapshot cannot be pinned (CUDA error {int(code)}): "
+            "`ulimit -l` must allow it, and the host must have room for this rank's state"
+        )
+
+
+def take_snapshot(engine: TrainEngine, buffers: HostBuffers, *, step: int) -> Snapshot:
+    """Copy everything that this rank saves; training may go on when it returns.
+
+    Args:
+        engine: Between two steps.
+        buffers: Overwritten.
+        step: Optimizer steps done.
+    """
+    place = engine.groups.place
+    files, entries = {}, {}
+    with host_threads(engine.device):
+        for file in rank_files(engine):
+            image = FileImage(file.tensors, metadata=file.metadata)
+            files[file.name] = buffers.get(file.name, image.size_bytes)
+            image.copy_to(files[file.name])
+            entries[file.name] = {
+                "bytes": image.size_bytes,
+                "kind": file.kind,
+                "rank": engine.groups.rank,
+                "tensor_rank": place.tensor,
+                "slices": file.slices,
+            }
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+    return Snapshot(
+        rank=engine.groups.rank,
+        step=step,
+        files=files,
+        entries=entries,
+        about={
+            "parameters": parameter_entries(engine),
+            "optimizer_steps": {
+                engine_name(engine, zero): optimizer_steps(zero) for zero in engine.engines
+            },
+        },
+        shared={
+            "sequences": step * engine.run.batch.global_size,
+            "layout": layout_of(engine),
+            "versions": package_versions(),
+        },
+    )
 
 
 def parameter_entries(engine: TrainEngine) -> dict[str, dict[str, Any]]:

@@ -3,26 +3,21 @@
 Every method is called by all ranks alike; what fails on one fails on all, with one sentence.
 """
 
+import datetime
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch.distributed as dist
 from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.folder import CheckpointFolder, open_complete
 from ghostvis_mega.checkpoint.fp8_state import restore_fp8_state
-from ghostvis_mega.checkpoint.held import optimizer_steps
-from ghostvis_mega.checkpoint.layout import (
-    engine_name,
-    layout_change,
-    layout_of,
-    same_places,
-)
-from ghostvis_mega.checkpoint.manifest import FileInfo, size_problem, write_manifest
+from ghostvis_mega.checkpoint.layout import layout_change, layout_of, same_places
 from ghostvis_mega.checkpoint.random_state import restore_random_state
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.checkpoint.restore import (
@@ -32,15 +27,20 @@ from ghostvis_mega.checkpoint.restore import (
     resume_problems,
     weight_problems,
 )
-from ghostvis_mega.checkpoint.snapshot import parameter_entries, rank_files, write_rank_files
+from ghostvis_mega.checkpoint.saving import write_checkpoint
+from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups
-from ghostvis_mega.utils.environment import package_versions
-from ghostvis_mega.utils.errors import CheckpointError
-from ghostvis_mega.utils.files import canonical_json, fsync_directory
+from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError
+from ghostvis_mega.utils.files import canonical_json
 
 log = logging.getLogger(__name__)
+
+MAX_FAILED = 3
+"""Saves in a row after whose failure a run stops: it would lose ever more."""
+_WRITE_TIMEOUT = datetime.timedelta(hours=2)
+"""How long ranks wait for the slowest one's disk."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class TrainState:
 class CheckpointStore:
     """The checkpoints of one run.
 
+    `save` returns when the checkpoint is on the disk. `begin` copies the state to host memory and
+    leaves the rest to a thread; one save at a time, so that the next waits for the one before.
+
     Args:
         folder: Where they lie; every rank must see it under this name.
         keep: How many complete ones stay.
@@ -66,6 +69,13 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int):
         assert keep >= 1, "the newest checkpoint always stays"
         self.folder, self.keep = CheckpointFolder(folder), keep
+        self.stall_s = 0.0
+        """How long the last `begin` kept training, the wait for an earlier save left aside."""
+        self._buffers: HostBuffers | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: Future[Path] | None = None
+        self._failed = 0
 
     def save(self, engine: TrainEngine, *, step: int, extra: dict[str, JsonValue]) -> Path:
         """Write everything that the run needs to go on exactly; collective.
@@ -78,55 +88,76 @@ class CheckpointStore:
         Raises:
             CheckpointError: A rank could not write; older checkpoints are as they were.
         """
-        began = time.perf_counter()
-        canonical_json(extra)
-        try:
-            temporary = on_first_rank(lambda: self.folder.begin(step))
-            written = on_every_rank(lambda: _write_own(engine, temporary))
-            path = on_first_rank(lambda: self._finish(engine, written, step=step, extra=extra))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the checkpoint after step {step} could not be saved: {error}"
-            ) from error
-        if engine.groups.rank == 0:
-            size = sum(entry["bytes"] for part in written for entry in part["files"].values())
-            seconds = time.perf_counter() - began
-            log.info("saved %s: %.1f MB in %.1f s", path, size / 1e6, seconds)
-            self.folder.prune(self.keep)
-        return path
+        self.wait()
+        snapshot = self._snapshot(engine, step=step)
+        return write_checkpoint(self.folder, snapshot, extra=extra, keep=self.keep, group=None)
 
-    def _finish(
-        self,
-        engine: TrainEngine,
-        written: Sequence[dict[str, Any]],
-        *,
-        step: int,
-        extra: dict[str, JsonValue],
-    ) -> Path:
-        """The first rank's part: all files are on the disk, so the manifest may say so."""
-        temporary = self.folder.temporary(step)
-        document: dict[str, Any] = {
-            "serial": self.folder.next_serial(),
-            "step": step,
-            "sequences": step * engine.run.batch.global_size,
-            "layout": layout_of(engine),
-            "optimizer_steps": {},
-            "parameters": {},
-            "files": {},
-            "extra": extra,
-            "versions": package_versions(),
-        }
-        for part in written:
-            for section in ("optimizer_steps", "parameters", "files"):
-                for key, value in part[section].items():
-                    known = document[section].setdefault(key, value)
-                    assert known == value, f"ranks disagree about {section}.{key}"
-        for name, entry in document["files"].items():
-            if problem := size_problem(temporary, name, FileInfo.model_validate(entry)):
-                raise CheckpointError(f"{problem}: do all nodes see the same folder?")
-        fsync_directory(temporary)
-        write_manifest(temporary, document)
-        return self.folder.publish(step)
+    def begin(self, engine: TrainEngine, *, step: int, extra: dict[str, JsonValue]) -> None:
+        """As `save`, but training goes on while the copy of the state is written; collective.
+
+        A save that fails is a warning; it counts as failed when the next one begins.
+
+        Raises:
+            CheckpointError: `MAX_FAILED` saves in a row have failed.
+        """
+        canonical_json(extra)
+        self._collect()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            if dist.is_initialized():
+                # Its own group: what the thread says to its like must not get between the
+                # messages of training.
+                self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
+        began = time.perf_counter()
+        snapshot = self._snapshot(engine, step=step)
+        self.stall_s = time.perf_counter() - began
+        self._pending = self._thread.submit(
+            write_checkpoint, self.folder, snapshot, extra=extra, keep=self.keep, group=self._group
+        )
+
+    def wait(self) -> None:
+        """Until everything that was begun is on the disk.
+
+        Raises:
+            CheckpointError: It could not be saved.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+            self._failed = 0
+
+    def _collect(self) -> None:
+        """What became of the save before; the same on all ranks."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._failed += 1
+            if self._failed == MAX_FAILED:
+                raise CheckpointError(
+                    f"{MAX_FAILED} saves in a row have failed, the last with: {error}"
+                ) from error
+            log.warning("%s. Training goes on with the checkpoint before it", error)
+
+    def _snapshot(self, engine: TrainEngine, *, step: int) -> Snapshot:
+        if self._buffers is None:
+            self._buffers = HostBuffers(pinned=engine.device.type == "cuda")
+        return take_snapshot(engine, self._buffers, step=step)
+
+    def close(self) -> None:
+        """Wait for the thread and give its memory back.
+
+        Raises:
+            CheckpointError: The last save has failed.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+            if self._buffers is not None:
+                self._buffers.close()
+                self._buffers = None
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint to start from; collective once a process group exists.
@@ -145,14 +176,37 @@ class CheckpointStore:
             return on_first_rank(self.folder.newest)
         return on_first_rank(lambda: _named(Path(resume)))
 
+    def resume(self, wanted: str, engine: TrainEngine) -> TrainState | None:
+        """Go on from the checkpoint that `checkpoint.resume` asks for; collective.
+
+        Args:
+            wanted: As for `find`. `auto` passes over checkpoints that turn out damaged.
+            engine: Newly built.
+
+        Returns:
+            None where the run starts anew.
+
+        Raises:
+            CheckpointError: As `find` and `load`; also if no sound checkpoint is left.
+        """
+        while (path := self.find(wanted)) is not None:
+            try:
+                return self.load(path, engine)
+            except DamagedCheckpointError as error:
+                if wanted != "auto":
+                    raise
+                log.warning("%s. Falling back to the checkpoint before it", error)
+                self.folder.damaged.add(path.name)
+        return None
+
     def load(self, path: Path, engine: TrainEngine) -> TrainState:
         """Weights, optimizers and random generators become those that were saved; collective.
 
         All files are verified before a tensor reaches the model.
 
         Raises:
-            CheckpointError: A file is missing or damaged, or the checkpoint is of another model, or
-                of other batches.
+            DamagedCheckpointError: A file is missing or damaged.
+            CheckpointError: The checkpoint is of another model, or of other batches.
         """
         with _opened(path) as reader:
             _verify(reader, engine.groups, resume_problems(engine, reader), reader.files())
@@ -240,19 +294,6 @@ def _opened(path: Path) -> Iterator[CheckpointReader]:
         yield reader
 
 
-def _write_own(engine: TrainEngine, folder: Path) -> dict[str, Any]:
-    place = engine.groups.place
-    return {
-        "files": write_rank_files(
-            folder, rank_files(engine), rank=engine.groups.rank, tensor_rank=place.tensor
-        ),
-        "parameters": parameter_entries(engine),
-        "optimizer_steps": {
-            engine_name(engine, zero): optimizer_steps(zero) for zero in engine.engines
-        },
-    }
-
-
 def _named(path: Path) -> Path:
     try:
         return open_complete(path).path
@@ -265,12 +306,11 @@ def _verify(
 ) -> None:
     """Raise on all ranks if any found a problem; each file is read by one rank."""
 
-    def check() -> None:
-        # The first of each: a wrong layout or a missing disk has hundreds.
+    def check() -> list[str]:
+        # The first of each: a wrong model or a missing disk has hundreds.
         if problem := next(problems, None):
             raise CheckpointError(problem)
-        share = files[groups.rank :: len(groups.places)]
-        if damage := reader.damage(share):
-            raise CheckpointError("; ".join(damage))
+        return reader.damage(files[groups.rank :: len(groups.places)])
 
-    on_every_rank(check)
+    if damage := [sentence for found in on_every_rank(check) for sentence in found]:
+        raise DamagedCheckpointError("; ".join(damage))

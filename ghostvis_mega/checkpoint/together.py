@@ -7,10 +7,14 @@ import torch.distributed as dist
 from ghostvis_mega.utils.errors import CheckpointError
 
 
-def on_every_rank[T](action: Callable[[], T]) -> list[T]:
+def on_every_rank[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `action` on all ranks and return all results, by rank; collective.
 
     Without a process group there is one rank.
+
+    Args:
+        action: What it raises of OSError and CheckpointError counts as its failure.
+        group: Of all ranks; by default the one that training uses as well.
 
     Raises:
         CheckpointError: It failed on some rank; raised on all of them, so that none waits for one
@@ -25,7 +29,7 @@ def on_every_rank[T](action: Callable[[], T]) -> list[T]:
     except (OSError, CheckpointError) as error:
         failure = str(error)
     outcomes: list[tuple[T | None, str | None] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, failure))
+    dist.all_gather_object(outcomes, (result, failure), group=group)
     failures = {rank: o[1] for rank, o in enumerate(outcomes) if o is not None and o[1] is not None}
     if failures:
         # Ranks that share a cause say the same.
@@ -33,7 +37,7 @@ def on_every_rank[T](action: Callable[[], T]) -> list[T]:
     return [outcome[0] for outcome in outcomes]
 
 
-def on_first_rank[T](action: Callable[[], T]) -> T:
+def on_first_rank[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on rank 0 alone; all ranks get its result or its failure; collective."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    return on_every_rank(lambda: action() if first else None)[0]
+    return on_every_rank(lambda: action() if first else None, group=group)[0]

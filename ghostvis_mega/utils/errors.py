@@ -29,6 +29,10 @@ class CheckpointError(GhostVisError, RuntimeError):
     """A checkpoint that is missing, incomplete or does not fit the run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A complete checkpoint whose files are not what was saved; an older one may do."""
+
+
 class TrainingError(GhostVisError, RuntimeError):
     """A run that cannot go on learning; its last checkpoint is as it was."""
 
