@@ -32,6 +32,8 @@ from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.files import canonical_json
 
+_DIGEST_BYTES = 100
+"""A digest in the manifest, with its key."""
 _ROUND_BYTES = 1 << 20
 """So that a file which grows by a few bytes still fits."""
 
@@ -106,7 +108,8 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """What this rank will write, with its share of the manifest."""
-        words = len(canonical_json([self.entries, self.about]))
+        said = [self.entries, self.about] + ([self.shared] if self.rank == 0 else [])
+        words = len(canonical_json(said)) + _DIGEST_BYTES * (len(self.entries) + 1)
         return sum(content.numel() for content in self.files.values()) + words
 
 

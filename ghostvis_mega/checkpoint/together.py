@@ -20,16 +20,16 @@ def on_every_rank[T](action: Callable[[], T], *, group: dist.ProcessGroup | None
         CheckpointError: It failed on some rank; raised on all of them, so that none waits for one
             that is gone.
     """
-    if not dist.is_initialized():
-        return [action()]
     result: T | None = None
     failure: str | None = None
     try:
         result = action()
     except (OSError, CheckpointError) as error:
         failure = str(error)
-    outcomes: list[tuple[T | None, str | None] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, failure), group=group)
+    outcomes: list[tuple[T | None, str | None] | None] = [(result, failure)]
+    if dist.is_initialized():
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, failure), group=group)
     failures = {rank: o[1] for rank, o in enumerate(outcomes) if o is not None and o[1] is not None}
     if failures:
         # Ranks that share a cause say the same.

@@ -1,0 +1,235 @@
+"""Saves in the background: nothing overlaps, failures are warnings until the third in a row."""
+
+import errno
+import logging
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghostvis_mega.checkpoint import saving, store
+from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot
+from ghostvis_mega.checkpoint.store import CheckpointStore
+from ghostvis_mega.checkpoint.tensors import FileImage, write_buffer, write_tensors
+from ghostvis_mega.utils.errors import CheckpointError
+from tests.checkpoint.tiny import NAME, write_tiny
+
+
+class FakeEngine:
+    """Stands for an engine; its weight is `value`."""
+
+    device = torch.device("cpu")
+    value = 0.0
+
+
+def snapshot_of(engine: FakeEngine, buffers: HostBuffers, *, step: int) -> Snapshot:
+    """One file with one weight, as `take_snapshot` would give it."""
+    weight = torch.full((64, 6), engine.value)
+    image = FileImage([(NAME, weight)], metadata={})
+    name = "llm-00000.safetensors"
+    content = buffers.get(name, image.size_bytes)
+    image.copy_to(content)
+    entry = {"bytes": image.size_bytes, "kind": "weights", "rank": 0, "tensor_rank": 0}
+    parameter = {"dtype": "float32", "module": "llm", "partition_dim": None, "partition_parts": 1}
+    return Snapshot(
+        rank=0,
+        step=step,
+        files={name: content},
+        entries={name: entry | {"slices": {NAME: [0, 384]}}},
+        about={"parameters": {NAME: parameter | {"shape": [64, 6]}}, "optimizer_steps": {}},
+        shared={"sequences": step, "layout": {}, "versions": {}},
+    )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    monkeypatch.setattr(store, "take_snapshot", snapshot_of)
+    return FakeEngine()
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+
+def names(checkpoints: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.path.iterdir())
+
+
+def test_an_image_is_the_file_that_would_be_written(tmp_path: Path):
+    tensors = [("b", torch.randn(3, 2)), ("a", torch.arange(5)), ("c", torch.ones(7).bfloat16())]
+    size, digest = write_tensors(tmp_path / "one", tensors, metadata={"k": "v"})
+    image = FileImage(tensors, metadata={"k": "v"})
+    content = HostBuffers(pinned=False).get("x", image.size_bytes)
+    image.copy_to(content)
+    assert image.size_bytes == size
+    assert write_buffer(tmp_path / "other", content) == digest
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_training_goes_on_and_the_file_has_the_state_of_the_save(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    may_write, write = threading.Event(), saving.write_buffer
+
+    def later(path: Path, content: torch.Tensor) -> str:
+        assert threading.current_thread() is not threading.main_thread()
+        assert may_write.wait(10)
+        return write(path, content)
+
+    monkeypatch.setattr(saving, "write_buffer", later)
+    engine.value = 1.0
+    checkpoints.begin(engine, step=1, extra={})
+    engine.value = 2.0  # the next step
+    assert checkpoints.find("auto") is None
+    may_write.set()
+    checkpoints.wait()
+    with CheckpointReader(checkpoints.find("auto")) as reader:
+        assert reader.weight(NAME).unique().tolist() == [1.0]
+
+
+def test_a_second_save_waits_for_the_first(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+    write = saving.write_buffer
+
+    def slow(path: Path, content: torch.Tensor) -> str:
+        events.append(f"write {path.parent.name}")
+        threading.Event().wait(0.1)
+        digest = write(path, content)
+        events.append(f"written {path.parent.name}")
+        return digest
+
+    def snapshot(engine: FakeEngine, buffers: HostBuffers, *, step: int) -> Snapshot:
+        events.append(f"copy {step}")
+        return snapshot_of(engine, buffers, step=step)
+
+    monkeypatch.setattr(saving, "write_buffer", slow)
+    monkeypatch.setattr(store, "take_snapshot", snapshot)
+    for step in (1, 2, 3):
+        checkpoints.begin(engine, step=step, extra={})
+    checkpoints.close()
+    expected = []
+    for step in (1, 2, 3):
+        folder = f"step-{step:08d}.tmp"
+        expected += [f"copy {step}", f"write {folder}", f"written {folder}"]
+    assert events == expected
+    assert names(checkpoints) == ["latest", "step-00000002", "step-00000003"]
+
+
+def test_the_third_failure_in_a_row_stops_and_what_is_there_stays(
+    engine: FakeEngine,
+    checkpoints: CheckpointStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    checkpoints.save(engine, step=1, extra={})
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # A save that succeeds starts the count anew.
+    for step, then in ((2, full), (3, full), (4, sync), (5, full), (6, full), (7, full)):
+        monkeypatch.setattr(os, "fsync", then)
+        checkpoints.begin(engine, step=step, extra={})
+        checkpoints._thread.submit(lambda: None).result()
+    assert names(checkpoints) == ["latest", "step-00000001", "step-00000004"]
+    with pytest.raises(CheckpointError, match="3 saves in a row .*step 7 .*No space left"):
+        checkpoints.begin(engine, step=8, extra={})
+    warned = [r.message for r in caplog.records if "Training goes on" in r.message]
+    assert [text.split(" could")[0] for text in warned] == [
+        f"the checkpoint after step {step}" for step in (2, 3, 5, 6)
+    ]
+    assert checkpoints.find("auto").name == "step-00000004"
+
+
+def test_the_last_save_of_a_run_must_succeed(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(path: Path, content: torch.Tensor) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saving, "write_buffer", broken)
+    checkpoints.begin(engine, step=1, extra={})
+    with pytest.raises(CheckpointError, match="step 1 could not be saved.*Input/output"):
+        checkpoints.close()
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    free = {"bytes": 10**9}
+    usage = lambda path: type("Usage", (), {"free": free["bytes"]})  # noqa: E731
+    monkeypatch.setattr("ghostvis_mega.checkpoint.folder.shutil.disk_usage", usage)
+    path = checkpoints.save(engine, step=1, extra={})
+    real = sum(file.stat().st_size for file in path.iterdir())
+    predicted = snapshot_of(engine, HostBuffers(pinned=False), step=2).num_bytes
+    assert predicted == pytest.approx(real, rel=0.05)
+    free["bytes"] = predicted - 1
+    with pytest.raises(CheckpointError, match="needs .* GB for it and has .* GB left. Make room"):
+        checkpoints.save(engine, step=2, extra={})
+    assert names(checkpoints) == ["latest", "step-00000001"]
+
+
+def test_a_disk_that_gives_back_other_bytes_is_found_at_once(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    forget = saving._forget_cached
+
+    def rot(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        forget(path)
+
+    checkpoints.save(engine, step=1, extra={})
+    monkeypatch.setattr(saving, "_forget_cached", rot)
+    with pytest.raises(CheckpointError, match="the disk does not give back what was written"):
+        checkpoints.save(engine, step=2, extra={})
+    assert names(checkpoints) == ["latest", "step-00000001"]
+
+
+def test_buffers_are_kept_from_save_to_save():
+    buffers = HostBuffers(pinned=False)
+    first = buffers.get("a", 1000)
+    assert buffers.get("a", 1010).data_ptr() == first.data_ptr()
+    assert buffers.get("b", 1000).data_ptr() != first.data_ptr()
+    assert buffers.get("a", 3 << 20).numel() == 3 << 20
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint_and_retention_does_not_count_it(
+    checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    folder = checkpoints.folder
+    for step in (5, 6):
+        write_tiny(folder.directory(step), serial=step, step=step)
+    file = folder.directory(6) / "optimizer-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    loaded: list[Path] = []
+
+    def load(path: Path, engine: object) -> Path:
+        with CheckpointReader(path) as reader:
+            if damage := reader.damage(reader.files()):
+                raise store.DamagedCheckpointError("; ".join(damage))
+        loaded.append(path)
+        return path
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.resume("auto", FakeEngine()) == folder.directory(5)
+    assert f"{file} is damaged: its sha256" in caplog.text
+    assert "Falling back to the checkpoint before it" in caplog.text
+    assert folder.prune(1) == []
+    with pytest.raises(CheckpointError, match="optimizer-00001"):
+        checkpoints.resume(str(folder.directory(6)), FakeEngine())
+    assert checkpoints.resume("none", FakeEngine()) is None
+    (folder.directory(5) / "llm-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="none is complete and sound"):
+        checkpoints.resume("auto", FakeEngine())
