@@ -197,3 +197,12 @@ class CheckpointReader(Closing):
             return self._file(file).get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / file}: {key}: {error}") from error
+
+
+def whole_damage(path: Path) -> list[str]:
+    """Sentences about everything that is wrong with a checkpoint; reads it whole."""
+    try:
+        with CheckpointReader(path) as reader:
+            return reader.damage(reader.files())
+    except CheckpointError as error:
+        return [str(error)]

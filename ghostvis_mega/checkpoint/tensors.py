@@ -6,9 +6,13 @@ file in host memory, copied there quickly and written later.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -32,22 +36,9 @@ class FileImage:
     """
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]], *, metadata: Mapping[str, str]):
-        # The widest elements first keep every tensor aligned to its element size.
-        ordered = sorted(tensors, key=lambda item: (-item[1].element_size(), item[0]))
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        end = 0
-        for key, tensor in ordered:
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            header[key] = {
-                "dtype": _DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.head = len(text).to_bytes(8, "little") + text
-        self.tensors = [tensor for _, tensor in ordered]
-        self.size_bytes = len(self.head) + end
+        self.head, self.tensors = _header(tensors, metadata)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        self.size_bytes = len(self.head) + held
 
     def copy_to(self, buffer_B: torch.Tensor) -> None:
         """Put the whole file into host memory (uint8, `size_bytes` long); copies from a device may
@@ -79,27 +70,83 @@ def write_buffer(path: Path, buffer_B: torch.Tensor) -> str:
     return file.sha256
 
 
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+    """Contiguous, of this type and number of elements, on any device."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(
     path: Path, tensors: Sequence[tuple[str, torch.Tensor]], *, metadata: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Write a new file and wait until it is on the disk.
-
-    Args:
-        path: Must not exist.
-        tensors: (key, contiguous tensor on any device).
-        metadata: Texts for the file's header.
+    """Write a new file and wait until it is on the disk; tensors are contiguous, on any device.
 
     Returns:
         Size in bytes and hex SHA-256.
     """
-    image = FileImage(tensors, metadata=metadata)
+    later = [
+        (key, Later(tensor.dtype, tuple(tensor.shape), partial(_same, tensor)))
+        for key, tensor in tensors
+    ]
+    return write_later(path, later, metadata=metadata)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def write_later(
+    path: Path, tensors: Sequence[tuple[str, Later]], *, metadata: Mapping[str, str]
+) -> tuple[int, str]:
+    """As `write_tensors`, with one tensor at a time in memory."""
+    head, ordered = _header(tensors, metadata)
     file = HashingFile(path)
     try:
-        file.write(image.head)
-        for tensor in image.tensors:
-            on_host = tensor.detach().to("cpu").view(-1).view(torch.uint8)
+        file.write(head)
+        for tensor in ordered:
+            on_host = tensor.load().detach().to("cpu").view(-1).view(torch.uint8)
+            assert on_host.numel() == tensor.num_bytes
             file.write(memoryview(on_host.numpy()))
         file.close()
     finally:
         file.discard()
     return file.size_bytes, file.sha256
+
+
+class _Sized(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def _header[T: _Sized](
+    tensors: Sequence[tuple[str, T]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[T]]:
+    """The first bytes of a file, and the tensors in the order in which they follow."""
+    # The widest elements first keep every tensor aligned to its element size.
+    ordered = sorted(tensors, key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, tensor in ordered:
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[key] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]

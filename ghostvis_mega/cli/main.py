@@ -10,6 +10,7 @@ from ghostvis_mega.cli.bench_generate import BENCH_GENERATE_HELP, bench_generate
 from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.certify import CERTIFY_HELP, certify
 from ghostvis_mega.cli.check import CHECK_HELP, check
+from ghostvis_mega.cli.ckpt import ckpt_app
 from ghostvis_mega.cli.convert import convert_app
 from ghostvis_mega.cli.drill import drill_app
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
@@ -40,6 +41,7 @@ bench_app.command("generate", help=BENCH_GENERATE_HELP)(bench_generate)
 bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
+app.add_typer(ckpt_app, name="ckpt")
 
 simulate_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Plan for large worlds without any process."

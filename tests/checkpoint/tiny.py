@@ -64,7 +64,8 @@ def write_tiny(path: Path, *, serial: int = 1, step: int = 3) -> Path:
             "optimizer_steps": {"llm": step},
             "parameters": {
                 NAME: {"shape": [8, 6], "partition_dim": 0, "partition_parts": 2, **described},
-                NORM: {"shape": [6], "partition_dim": None, "partition_parts": 1, **described},
+                NORM: {"shape": [6], "partition_dim": None, "partition_parts": 1, **described}
+                | {"dtype": "bfloat16"},
             },
             "files": files,
             "extra": {},
