@@ -148,13 +148,13 @@ class CheckpointFolder:
             # A run that went back to an earlier step comes by a second time. Until the new
             # checkpoint has its name, the old one counts under another.
             if replaced.exists():
-                shutil.rmtree(replaced)
+                self._delete(replaced)
             os.replace(final, replaced)
         os.replace(temporary, final)
         fsync_directory(self.path)
         atomic_write(self.path / LATEST, f"{final.name}\n".encode())
         if replaced.exists():
-            shutil.rmtree(replaced)
+            self._delete(replaced)
         return final
 
     def prune(self, keep: int) -> list[Path]:
@@ -165,13 +165,18 @@ class CheckpointFolder:
         """
         deleted = []
         for old in self.complete()[:-keep]:
-            # Renamed first: a half-deleted directory must not look like a checkpoint.
-            temporary = old.path.with_name(f"{old.path.name}.tmp")
             try:
-                os.replace(old.path, temporary)
-                shutil.rmtree(temporary)
+                self._delete(old.path)
             except OSError as error:
                 log.warning("%s could not be deleted: %s", old.path, error)
             else:
                 deleted.append(old.path)
         return deleted
+
+    def _delete(self, path: Path) -> None:
+        """Renamed first: a half-deleted directory must not look like a checkpoint."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        os.replace(path, temporary)
+        # Else a power cut could take the new name back, and not the deletions.
+        fsync_directory(self.path)
+        shutil.rmtree(temporary)

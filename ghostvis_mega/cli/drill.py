@@ -2,8 +2,11 @@
 
 import typer
 
+from ghostvis_mega.cli.drill_crash import DRILL_CRASH_HELP, drill_crash
+
 drill_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Break things on purpose and check that nothing is lost.",
 )
+drill_app.command("crash", help=DRILL_CRASH_HELP)(drill_crash)
