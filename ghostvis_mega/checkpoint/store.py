@@ -189,6 +189,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: As `find` and `load`; also if no sound checkpoint is left.
         """
+        self._collect()
         while (path := self.find(wanted)) is not None:
             try:
                 return self.load(path, engine)

@@ -2,6 +2,7 @@
 
 import typer
 
+from ghostvis_mega.cli.drill_corrupt import DRILL_CORRUPT_HELP, drill_corrupt
 from ghostvis_mega.cli.drill_crash import DRILL_CRASH_HELP, drill_crash
 
 drill_app = typer.Typer(
@@ -10,3 +11,4 @@ drill_app = typer.Typer(
     help="Break things on purpose and check that nothing is lost.",
 )
 drill_app.command("crash", help=DRILL_CRASH_HELP)(drill_crash)
+drill_app.command("corrupt", help=DRILL_CORRUPT_HELP)(drill_corrupt)

@@ -137,12 +137,15 @@ def some_ranks_only(bench: Bench, source: Path) -> dict[str, Any]:
         "older": bench.told(lambda: store.load(older, engine)),
         "older, weights": bench.told(lambda: load_weights(older, engine)),
     }
-    for part in ("read", "weight", "random_state"):
+    for name, part, action in (
+        ("read", "read", store.load),
+        ("read for weights", "read", load_weights),
+        ("random_state", "random_state", store.load),
+    ):
         original = getattr(CheckpointReader, part)
         if on_last:
             setattr(CheckpointReader, part, fail)
-        action = load_weights if part == "weight" else store.load
-        results[part] = bench.told(lambda action=action: action(source, engine))
+        results[name] = bench.told(lambda action=action: action(source, engine))
         setattr(CheckpointReader, part, original)
     results["afterwards"] = bench.told(lambda: store.load(source, engine))
     destroy_groups()

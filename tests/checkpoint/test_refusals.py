@@ -70,6 +70,6 @@ def test_ranks_that_see_different_manifests_refuse(results: dict[str, Any], case
         assert "is not the same checkpoint on all ranks: [1] see another manifest" in told
 
 
-@pytest.mark.parametrize("case", ["read", "weight", "random_state"])
+@pytest.mark.parametrize("case", ["read", "read for weights", "random_state"])
 def test_a_file_that_one_rank_cannot_read_stops_all(results: dict[str, Any], case: str):
     assert answer(results, case) == "this file went away"
