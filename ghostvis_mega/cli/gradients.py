@@ -20,6 +20,8 @@ Examples (the first writes the truth on one device, the second compares two layo
     --layout parallel.tensor=2 --layout "parallel.tensor=2 parallel.pipeline=2"
 
 \b
+Beside `certify`, which also takes steps, compares weights and has bars of its own: the truth needs
+no optimizer states, is kept in a file, and layouts may span machines that see that file.
 With context parallelism both need data.segment_align=2N, so that they read the same packs.
 The distance of a one-GPU BF16 run is BF16's own rounding noise; a right layout has about the same.
 Exit code: 0 fine, 1 a joint error is above --bar, 2 wrong settings.

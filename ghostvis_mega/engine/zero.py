@@ -237,6 +237,13 @@ class ZeroEngine:
             else parameter.data
         )
 
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The fp32 weight that the optimizer updates, whole over data parallelism; collective in
+        the engine's group. Stage 0 gives the parameter itself."""
+        if self.stage == 0:
+            return parameter.data
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
+
     def gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         """The averaged gradient of one parameter, whole over data parallelism; collective in the
         engine's group."""

@@ -1,7 +1,10 @@
 """What the quick tests take of the certificate's layouts, and those on which steps are skipped."""
 
+from dataclasses import replace
+
 from ghostvis_mega.perf.certify.cpu_layouts import few_cpu_layouts
 from ghostvis_mega.perf.certify.faults import CP, TP, VPP
+from ghostvis_mega.perf.certify.gpu_faults import GPU_FAULTS
 from ghostvis_mega.perf.certify.layout import Layout, Sections, parallel
 
 
@@ -66,3 +69,12 @@ ROUNDED = [
     )
 ]
 """Layouts whose bar is the noise of one process that computes in BF16 as well."""
+
+ROUNDED_FAULTS = [
+    replace(
+        fault,
+        layout=replace(fault.layout, ranks=4, problem={"train": {"precision": "bf16"}}),
+    )
+    for fault in GPU_FAULTS
+]
+"""Those of the GPU set in the small problem, on twice as many replicas."""

@@ -11,19 +11,20 @@ import pytest
 
 from ghostvis_mega.config.rules_pipeline import stage_layers
 from ghostvis_mega.config.schema import ParallelConfig
-from ghostvis_mega.perf.certify.faults import FAULTS, Fault, finding
-from ghostvis_mega.perf.certify.layout import Layout
-from ghostvis_mega.perf.certify.report import (
+from ghostvis_mega.perf.certify.bars import (
     GRADIENT_BAR,
     LOSS_BAR,
     NOISE_FACTOR,
     NORM_BAR,
+    STEPS_FACTOR,
     UPDATE_BAR,
     WEIGHT_BAR,
-    Outcome,
 )
+from ghostvis_mega.perf.certify.faults import FAULTS, Fault, finding
+from ghostvis_mega.perf.certify.layout import Layout
+from ghostvis_mega.perf.certify.report import Outcome
 from tests.launch import launch
-from tests.parity.chosen import KEPT, LAYOUTS, ROUNDED, SKIPS
+from tests.parity.chosen import KEPT, LAYOUTS, ROUNDED, ROUNDED_FAULTS, SKIPS
 
 # The first test waits for the launch, which has a limit of its own.
 pytestmark = [pytest.mark.world_size(4), pytest.mark.timeout(420)]
@@ -102,10 +103,22 @@ def test_broken_bf16_is_beyond_the_noise(measured: dict[str, Any]) -> None:
     assert row["ratio"] > 10
 
 
+@pytest.mark.parametrize("fault", ROUNDED_FAULTS, ids=lambda fault: fault.name)
+def test_faults_of_the_gpu_set_are_seen_in_bf16(measured: dict[str, Any], fault: Fault) -> None:
+    row = measured["rounded faults"][fault.name]
+    found = finding(fault, row)
+    assert found.seen and found.value > found.bar, found
+    assert Outcome(fault.name, row=row, fault=fault).verdict == "fine"
+    assert Outcome(fault.name, row=row).verdict == "red", "so broken a layout passes as fine"
+    if fault.updates:
+        assert row["ratio"] <= NOISE_FACTOR, "the first gradient shows it as well"
+        assert row["update_ratio"] > 3 * STEPS_FACTOR
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_broken_layout_is_seen(measured: dict[str, Any], fault: Fault) -> None:
     row = measured["faults"][fault.name]
-    found = finding(fault, row, bar=GRADIENT_BAR)
+    found = finding(fault, row)
     assert found.seen, found
     assert Outcome(fault.name, row=row, fault=fault).verdict == "fine"
     # Shown without the fault's expressions as well: no layout that is broken so passes as fine.

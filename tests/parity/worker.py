@@ -16,7 +16,7 @@ from ghostvis_mega.perf.certify.breaking import measure_broken
 from ghostvis_mega.perf.certify.faults import FAULTS
 from ghostvis_mega.perf.certify.lab import Lab
 from tests.launch import write_result
-from tests.parity.chosen import KEPT, LAYOUTS, ROUNDED, SKIPS
+from tests.parity.chosen import KEPT, LAYOUTS, ROUNDED, ROUNDED_FAULTS, SKIPS
 from tests.parity.skips import measure_kept_gradients, measure_skips
 
 
@@ -26,13 +26,14 @@ def main() -> None:
     apply_cpu_shim()
     dist.init_process_group("gloo")
     wanted = sys.argv[1:]
-    layouts, skips, rounded, faults = (
+    layouts, skips, rounded, faults, rounded_faults = (
         [entry for entry in entries if not wanted or any(part in entry.name for part in wanted)]
-        for entries in (LAYOUTS, SKIPS, ROUNDED, FAULTS)
+        for entries in (LAYOUTS, SKIPS, ROUNDED, FAULTS, ROUNDED_FAULTS)
     )
     lab = Lab(Path(os.environ["LAUNCH_FOLDER"]))
-    lab.solve_all(map(lab.case, [*layouts, *skips, *rounded, *(fault.layout for fault in faults)]))
-    kinds = ("layouts", "skips", "kept", "rounded", "rounded, broken", "faults")
+    planted = [fault.layout for fault in (*faults, *rounded_faults)]
+    lab.solve_all(map(lab.case, [*layouts, *skips, *rounded, *planted]))
+    kinds = ("layouts", "skips", "kept", "rounded", "rounded, broken", "faults", "rounded faults")
     rows: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for layout in layouts:
         rows["layouts"][layout.name] = lab.measure(lab.case(layout))
@@ -52,6 +53,9 @@ def main() -> None:
     for fault in faults:
         rows["faults"][fault.name] = measure_broken(lab, fault)
         _tell(f"fault: {fault.name}", rows["faults"][fault.name])
+    for fault in rounded_faults:
+        rows["rounded faults"][fault.name] = measure_broken(lab, fault)
+        _tell(f"fault in BF16: {fault.name}", rows["rounded faults"][fault.name])
     if dist.get_rank() == 0:
         write_result(rows)
     dist.barrier()
@@ -61,7 +65,7 @@ def main() -> None:
 def _tell(name: str, row: dict[str, Any]) -> None:
     """Progress: should a layout hang, the output ends with the one before."""
     if dist.get_rank() == 0:
-        hidden = ("gradients", "losses", "truth_norms")
+        hidden = ("gradients", "updates", "ratios", "losses", "truth_norms")
         print(name, {k: v for k, v in row.items() if k not in hidden}, flush=True)
 
 

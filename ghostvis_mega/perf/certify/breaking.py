@@ -139,14 +139,14 @@ def _batched_exchange(lab: Lab, fault: Fault) -> Row:
 
 def _norm_of_llm_alone(lab: Lab, fault: Fault) -> Row:
     def prepare(engine: TrainEngine) -> None:
-        engine.parts.vision_engine.square_sum = lambda: torch.zeros(())
+        engine.parts.vision_engine.square_sum = lambda: torch.zeros((), device=engine.device)
 
     return lab.measure(lab.case(fault.layout), prepare=prepare)
 
 
 def _norm_of_vision_alone(lab: Lab, fault: Fault) -> Row:
     def prepare(engine: TrainEngine) -> None:
-        engine.parts.llm_engine.square_sum = lambda: torch.zeros(())
+        engine.parts.llm_engine.square_sum = lambda: torch.zeros((), device=engine.device)
 
     return lab.measure(lab.case(fault.layout), prepare=prepare)
 

@@ -1,7 +1,7 @@
 """How far what a layout holds is from the reference, and which figure is the worst."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,13 +53,22 @@ def final_errors(engine: TrainEngine, truth: Truth) -> tuple[dict[str, float], d
 
     Returns:
         Relative to the weights, and relative to what the steps changed of them: a weight that is
-        never updated is 1 off there, however small the steps are.
+        never updated is 1 off there, however small the steps are. In BF16 that is measured on the
+        fp32 weights of the optimizer.
     """
     owner = {id(p): zero for zero in engine.engines for p in zero.trained}
     squares = square_distances(
         engine, truth.weights, lambda p: owner[id(p)].weight(p) if id(p) in owner else p.data
     )
-    changes = {name: (distance, truth.changes[name]) for name, (distance, _) in squares.items()}
+    moved = squares
+    if truth.from_rounded:
+        # A few steps change less of a weight than BF16 rounds away, of the start and of the end.
+        moved = square_distances(
+            engine,
+            truth.from_rounded,
+            lambda p: owner[id(p)].master(p) if id(p) in owner else p.data,
+        )
+    changes = {name: (distance, truth.changes[name]) for name, (distance, _) in moved.items()}
     noise = {name for name in rounding_only(truth.squares) if truth.squares[name] > 0}
     weights, updates = (
         {name: error for name, error in relative(given).items() if name not in noise}
@@ -99,6 +108,7 @@ def compare(
             for zero in engine.engines
         },
         "gradients": gradients,
+        "updates": updates,
     }
 
 
@@ -111,17 +121,34 @@ def _layers_per_stage(engine: TrainEngine) -> list[int]:
 
 
 def beside_noise(row: Row, noise: Row, truth: Truth) -> Row:
-    """What a row in BF16 gets beside it: its noise, and the parameter that is most above its own.
+    """What a row in BF16 gets beside it: its noise, and the parameters that are most above their
+    own, in the gradient and in the update.
 
     Parameters whose gradient is rounding alone have no noise to speak of.
     """
-    empty, floor = rounding_only(truth.squares), QUIET * noise["joint_error"]
-    ratios = [
-        # So written, a NaN of the noise stays one.
-        (name, error / (floor if noise["gradients"][name] <= floor else noise["gradients"][name]))
-        for name, error in row["gradients"].items()
-        if name not in empty
-    ]
-    name, ratio = worst(ratios) if ratios else ("nothing to learn", 0.0)
+    empty = rounding_only(truth.squares)
+    gradients = {name: error for name, error in row["gradients"].items() if name not in empty}
+    ratios = over_noise(gradients, noise["gradients"], floor=QUIET * noise["joint_error"])
+    updates = over_noise(row["updates"], noise["updates"], floor=noise["joint_error"])
+    name, ratio = worst(ratios.items()) if ratios else ("nothing to learn", 0.0)
+    update_name, update_ratio = worst(updates.items())
     keys = ("joint_error", "loss_error", "norm_error", "weight_error", "update_error")
-    return {"noise": {key: noise[key] for key in keys}, "ratio": ratio, "ratio_name": name}
+    return {
+        "noise": {key: noise[key] for key in keys},
+        "ratio": ratio,
+        "ratio_name": name,
+        "ratios": ratios,
+        "update_ratio": update_ratio,
+        "update_ratio_name": update_name,
+    }
+
+
+def over_noise(
+    errors: Mapping[str, float], noise: Mapping[str, float], *, floor: float
+) -> dict[str, float]:
+    """Errors in units of their own noise, which counts as `floor` where it is less."""
+    return {
+        # So written, a NaN of the noise stays one.
+        name: error / (floor if noise[name] <= floor else noise[name])
+        for name, error in errors.items()
+    }

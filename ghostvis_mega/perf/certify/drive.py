@@ -44,9 +44,9 @@ class Journal:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def read(self) -> tuple[dict[tuple[str, bool], dict], tuple[str, bool] | None]:
+    def read(self) -> tuple[dict[tuple[str, str], dict], tuple[str, str] | None]:
         """Rows by (name, planted), and what was begun and not finished."""
-        rows: dict[tuple[str, bool], dict] = {}
+        rows: dict[tuple[str, str], dict] = {}
         open_entry = None
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             item = json.loads(line)

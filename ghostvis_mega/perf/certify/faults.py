@@ -7,6 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ghostvis_mega.perf.certify.bars import (
+    GRADIENT_BAR,
+    NOISE_FACTOR,
+    NORM_BAR,
+    WEIGHT_BAR,
+    noise_bars,
+)
 from ghostvis_mega.perf.certify.layout import Layout, Sections, parallel
 from ghostvis_mega.utils.worst import worst
 
@@ -60,30 +67,54 @@ class Finding:
     """Every parameter that should be wrong is far off, every one that should be right is right."""
 
 
-def finding(fault: Fault, row: dict[str, Any], *, bar: float) -> Finding:
+def finding(fault: Fault, row: dict[str, Any]) -> Finding:
     """Judge the measurement of a broken layout.
 
     Args:
         fault: What was planted.
         row: Of `lab.Lab.measure`.
-        bar: What a gradient may be off.
     """
-    gradients = row["gradients"]
-    hit = {name: error for name, error in gradients.items() if re.search(fault.hit, name)}
-    spared = [error for name, error in gradients.items() if re.search(fault.spared, name)]
-    kept = all(error <= bar for error in spared)
+    if row.get("noise") is not None:
+        return _finding_beside_noise(fault, row)
+    hit, spared = _hit_and_spared(fault, row["gradients"])
+    kept = all(error <= GRADIENT_BAR for error in spared.values())
     if fault.updates:
         value = row["update_error"]
         seen = kept and value > UNMOVED
         return Finding(f"update, {row['update_name']}", value, "relative L2", UNMOVED, seen)
     if not hit:
         # The first gradient is right, and what is done with it is not.
-        value = row["weight_error"]
-        seen = kept and value > 10 * bar and row["norm_error"] > 10 * bar
-        return Finding(f"weight, {row['weight_name']}", value, "relative L2", 10 * bar, seen)
+        value, bar = row["weight_error"], 10 * WEIGHT_BAR
+        seen = kept and value > bar and row["norm_error"] > 10 * NORM_BAR
+        return Finding(f"weight, {row['weight_name']}", value, "relative L2", bar, seen)
     name, value = worst(hit.items())
     far = all(error > FAR for error in hit.values())
     return Finding(f"gradient, {name}", value, "relative L2", FAR, kept and far)
+
+
+def _finding_beside_noise(fault: Fault, row: dict[str, Any]) -> Finding:
+    """In BF16: what is seen is over the bar that a right layout is held to."""
+    hit, spared = _hit_and_spared(fault, row["ratios"])
+    kept = all(ratio <= NOISE_FACTOR for ratio in spared.values())
+    bars = noise_bars(row["noise"])
+    if fault.updates:
+        value, bar = row["update_ratio"], bars["update_ratio"]
+        where = f"update over its noise, {row['update_ratio_name']}"
+        return Finding(where, value, "times", bar, kept and value > bar)
+    if not hit:
+        value, bar = row["norm_error"], bars["norm_error"]
+        return Finding("joint norm", value, "relative", bar, kept and value > bar)
+    name, value = worst(hit.items())
+    far = all(ratio > NOISE_FACTOR for ratio in hit.values())
+    return Finding(f"gradient over its noise, {name}", value, "times", NOISE_FACTOR, kept and far)
+
+
+def _hit_and_spared(
+    fault: Fault, figures: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    hit = {name: value for name, value in figures.items() if re.search(fault.hit, name)}
+    spared = {name: value for name, value in figures.items() if re.search(fault.spared, name)}
+    return hit, spared
 
 
 FAULTS = [

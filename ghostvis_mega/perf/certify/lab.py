@@ -192,15 +192,18 @@ class Lab:
                         group["eps"] = eps
             norms.append(trainer.update(step=step))
         weights = {name: p.detach().clone() for name, p in trainer.parameters().items()}
+        moved = {name: weight.cpu() - start[name] for name, weight in weights.items()}
+        in_bf16 = case.run.train.precision == "bf16"
         return Truth(
             losses=losses,
             norms=norms,
             gradients=gradients,
             weights=weights,
             squares={name: float(g.double().square().sum()) for name, g in gradients.items()},
-            changes={
-                name: float((weight.cpu().double() - start[name].double()).square().sum())
-                for name, weight in weights.items()
+            changes={name: float(change.double().square().sum()) for name, change in moved.items()},
+            from_rounded={
+                name: start[name].bfloat16().float() + change
+                for name, change in (moved if in_bf16 else {}).items()
             },
             eps=eps,
         )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import lcm
 
+from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.perf.certify.request import Entry, Request
 from ghostvis_mega.train.preflight import load_checked
@@ -13,6 +14,7 @@ def load_own(request: Request, entry: Entry) -> RunConfig:
     """Settings of one layout of a run, with what a certificate changes.
 
     No warm-up: with it the first steps would move nothing. No reading ahead: layouts come and go.
+    Random weights, whatever the run begins with.
     Samples are aligned as the layout with the largest context degree needs, so that all read the
     same packs.
 
@@ -20,7 +22,13 @@ def load_own(request: Request, entry: Entry) -> RunConfig:
         ConfigError: With all problems.
     """
     assert request.config is not None
-    changed = ["optim.warmup_steps=0", "data.num_workers=0", f"log.output={request.folder / 'run'}"]
+    changed = [
+        "optim.warmup_steps=0",
+        "data.num_workers=0",
+        "checkpoint.weights=null",
+        "checkpoint.resume=none",
+        f"log.output={request.folder / 'run'}",
+    ]
     given = [*request.overrides, *entry.overrides, *changed]
     run = load_checked(request.config, given, world_size=entry.ranks)
     if request.align > 1 and run.data.packing:
@@ -29,19 +37,22 @@ def load_own(request: Request, entry: Entry) -> RunConfig:
     return run
 
 
-def _not_taken_over(run: RunConfig) -> list[str]:
-    """Problems: weights that a run would begin with, and a certificate does not."""
-    rule = "is not read here: layouts and reference begin with the random weights of train.seed"
-    found = []
-    if run.checkpoint.weights is not None:
-        found.append(
-            f"checkpoint.weights={run.checkpoint.weights} {rule}. Add checkpoint.weights=null."
-        )
-    if run.checkpoint.resume not in ("auto", "none"):
-        found.append(
-            f"checkpoint.resume={run.checkpoint.resume} {rule}. Add checkpoint.resume=none."
-        )
-    return found
+def not_read(request: Request) -> list[str]:
+    """Sentences about settings of a run that say what it begins with; `load_own` drops them."""
+    assert request.config is not None
+    given = read_run_config(request.config, request.overrides).config
+    if given is None:
+        return []  # `checked` says why
+    begin = {
+        "checkpoint.weights": given.checkpoint.weights,
+        "checkpoint.resume": given.checkpoint.resume if given.checkpoint.resume != "none" else None,
+    }
+    return [
+        f"{name}={value} is not read: layouts and reference begin with the random weights of "
+        "train.seed."
+        for name, value in begin.items()
+        if value not in (None, "auto")
+    ]
 
 
 def checked(request: Request) -> Request:
@@ -55,8 +66,6 @@ def checked(request: Request) -> Request:
     for entry in request.entries:
         try:
             runs.append(load_own(request, entry))
-            for problem in _not_taken_over(runs[-1]):
-                problems.setdefault(problem, entry.name)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, entry.name)

@@ -8,28 +8,16 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from ghostvis_mega.perf.certify.bars import (
+    GRADIENT_BAR,
+    LOSS_BAR,
+    NORM_BAR,
+    UPDATE_BAR,
+    WEIGHT_BAR,
+    noise_bars,
+)
 from ghostvis_mega.perf.certify.faults import Fault, finding
 from ghostvis_mega.utils.figures import Figure, at_most, measured
-
-GRADIENT_BAR = 1e-5
-"""Relative L2 distance of each parameter's first gradient, fp32."""
-WEIGHT_BAR = 1e-5
-"""The same of each weight after the steps."""
-LOSS_BAR = 1e-6
-"""Relative, the worst of the steps."""
-NORM_BAR = 1e-5
-"""Relative, of the joint gradient norm, the worst of the steps."""
-UPDATE_BAR = 1e-2
-"""Distance of each weight after the steps, relative to what the steps changed of it: 1 where it is
-never updated. Rounding is the more of that, the smaller the steps are."""
-NOISE_FACTOR = 2.0
-"""BF16: a layout's gradient error, joint and of each parameter, over that of one process that
-computes in BF16 too."""
-STEPS_FACTOR = 3.0
-"""BF16: the same of what follows from the gradients, which one process samples only once: the loss,
-the norm, the weights."""
-LOSS_FLOOR = 1e-4
-"""BF16: noise of the loss that is always granted; it can cancel in one process by chance."""
 
 Verdict = Literal["fine", "red", "not run"]
 
@@ -64,7 +52,7 @@ class Outcome:
             label = "not run" if self.failure is None else "failed"
             return [measured(f"{self.name}: {label}, {why}", None, ok=ok)]
         if self.fault is not None:
-            found = finding(self.fault, self.row, bar=GRADIENT_BAR)
+            found = finding(self.fault, self.row)
             name = f"fault, {self.name}: {found.where}"
             return [measured(name, found.value, found.unit, bar=found.bar, ok=found.seen)]
         figures = _fp32_figures if self.row.get("noise") is None else _noise_figures
@@ -87,22 +75,6 @@ def _fp32_figures(name: str, row: dict[str, Any]) -> list[Figure]:
     return [*figures, measured(f"{name}: time", row["seconds"], "s")]
 
 
-def noise_bars(noise: dict[str, float]) -> dict[str, float]:
-    """BF16: what each figure of a layout may be, by what one process in BF16 got.
-
-    A norm is off by no more than the gradient is, so that the joint gradient's noise is granted to
-    it as well, also where the process's own norm was right by chance; and likewise a weight.
-    """
-    joint = noise["joint_error"]
-    return {
-        "joint_error": NOISE_FACTOR * joint,
-        "ratio": NOISE_FACTOR,
-        "loss_error": STEPS_FACTOR * max(noise["loss_error"], LOSS_FLOOR),
-        "weight_error": STEPS_FACTOR * max(noise["weight_error"], joint),
-        "norm_error": STEPS_FACTOR * max(noise["norm_error"], joint),
-    }
-
-
 def _noise_figures(name: str, row: dict[str, Any]) -> list[Figure]:
     noise = row["noise"]
     # Without a finite noise nothing can be said, and that is not fine; max() would hide a NaN.
@@ -113,6 +85,7 @@ def _noise_figures(name: str, row: dict[str, Any]) -> list[Figure]:
         (f"worst gradient over its noise, {row['ratio_name']}", "ratio", "times"),
         ("loss", "loss_error", "relative"),
         (f"worst weight, {row['weight_name']}", "weight_error", "relative L2"),
+        (f"worst update over its noise, {row['update_ratio_name']}", "update_ratio", "times"),
         ("joint norm", "norm_error", "relative"),
     )
     figures = [
@@ -121,12 +94,6 @@ def _noise_figures(name: str, row: dict[str, Any]) -> list[Figure]:
         )
         for what, key, unit in entries
     ]
-    update = row["update_error"]
-    # Weights are rounded to BF16, more than some steps change of them: no bar, but a number.
-    what = f"{name}: worst update, {row['update_name']}"
-    figures.append(
-        measured(what, update, "relative L2", ok=None if math.isfinite(update) else False)
-    )
     of_one = {"joint gradient": "joint_error", "weight": "weight_error", "update": "update_error"}
     of_one |= {"loss": "loss_error", "joint norm": "norm_error"}
     figures += [
@@ -168,7 +135,7 @@ def cells(outcome: Outcome) -> list[str]:
     if row is None:
         return [name, *[""] * (len(COLUMNS) - 2), verdict]
     if fault is not None:
-        found = finding(fault, row, bar=GRADIENT_BAR)
+        found = finding(fault, row)
         gradient, where = f"{row['gradient_error']:.1e}", f"{found.where} ({found.value:.1e})"
     elif row.get("noise") is not None:
         noise = row["noise"]["joint_error"]

@@ -11,6 +11,7 @@ import yaml
 
 from ghostvis_mega.perf.certify.cpu_layouts import cpu_layouts
 from ghostvis_mega.perf.certify.faults import FAULTS, Fault
+from ghostvis_mega.perf.certify.gpu_faults import GPU_FAULTS
 from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.utils.errors import ConfigError
@@ -20,6 +21,8 @@ SETS: dict[str, Callable[[], tuple[Layout, ...]]] = {
     "gpu": lambda: GPU_LAYOUTS,
 }
 """Sets that come with the program."""
+PLANTED: dict[str, Sequence[Fault]] = {"cpu": FAULTS, "gpu": GPU_FAULTS}
+"""Faults of each."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,15 @@ class Entry:
     ranks: int
     overrides: tuple[str, ...] = ()
     """Of a layout of somebody's own run, `section.key=value` each."""
-    planted: bool = False
+    planted: str = ""
+    """Of a fault: key of `PLANTED`."""
 
     @property
     def fault(self) -> Fault | None:
         """The fault of this name, where it is one."""
-        return next(f for f in FAULTS if f.name == self.name) if self.planted else None
+        if not self.planted:
+            return None
+        return next(fault for fault in PLANTED[self.planted] if fault.name == self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +93,7 @@ def entries_of(name: str, *, faults: bool) -> list[Entry]:
     """Entries of a set that comes with the program."""
     entries = [Entry(layout.name, layout.ranks) for layout in SETS[name]()]
     if faults:
-        entries += [Entry(fault.name, fault.layout.ranks, planted=True) for fault in FAULTS]
+        entries += [Entry(f.name, f.layout.ranks, planted=name) for f in PLANTED[name]]
     return entries
 
 

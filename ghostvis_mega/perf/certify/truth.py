@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 from ghostvis_mega.engine.optimizer import module_of
 from ghostvis_mega.perf.gradients import StoredTensors
 
+TENSORS = ("gradients", "weights", "from_rounded")
+"""Parts of a truth that are tensors by name, each in a file of its own."""
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -26,6 +29,9 @@ class Truth:
     """Sum of squares of each gradient."""
     changes: dict[str, float]
     """Sum of squares of what all steps together changed of each weight."""
+    from_rounded: Mapping[str, torch.Tensor]
+    """Of a problem in BF16: where the same changes lead from the start as BF16 rounds it, which is
+    where layouts in BF16 start. Else empty."""
     eps: float | None = None
     """AdamW's `eps`, where it was chosen by the size of the gradient."""
 
@@ -38,8 +44,8 @@ class Truth:
 
 
 def write_truth(path: Path, truth: Truth) -> None:
-    """Write a truth to `path` (JSON) and two files of tensors beside it."""
-    for part in ("gradients", "weights"):
+    """Write a truth to `path` (JSON) and files of tensors beside it."""
+    for part in TENSORS:
         tensors = {name: t.cpu().contiguous() for name, t in getattr(truth, part).items()}
         save_file(tensors, path.with_suffix(f".{part}.safetensors"))
     numbers = {
@@ -54,8 +60,5 @@ def write_truth(path: Path, truth: Truth) -> None:
 
 def read_truth(path: Path) -> Truth:
     """Read a truth; its tensors are read when asked for."""
-    tensors = {
-        part: StoredTensors(path.with_suffix(f".{part}.safetensors"))
-        for part in ("gradients", "weights")
-    }
+    tensors = {part: StoredTensors(path.with_suffix(f".{part}.safetensors")) for part in TENSORS}
     return Truth(**json.loads(path.read_text()), **tensors)
