@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, print_rows
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -43,7 +43,7 @@ def bench_generate(
     step_limit: Annotated[float, typer.Option(help="Seconds that any step may take.")] = 120.0,
     fused: Annotated[bool, typer.Option(help="Use the fused kernels on a GPU.")] = True,
     folder: Annotated[Path | None, typer.Option(help="Where there is room.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure generation."""
     setup_logging(rank=0)
@@ -74,6 +74,4 @@ def bench_generate(
     except GhostVisError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None
-    print_rows(rows, title=f"generation, {preset.value} on {name}", as_json=as_json)
-    if any(row["ok"] is False for row in rows):
-        raise typer.Exit(1)
+    conclude(rows, title=f"generation, {preset.value} on {name}", as_json=as_json)

@@ -13,6 +13,7 @@ from ghostvis_mega.cli.check import CHECK_HELP, check
 from ghostvis_mega.cli.ckpt import ckpt_app
 from ghostvis_mega.cli.convert import convert_app
 from ghostvis_mega.cli.drill import drill_app
+from ghostvis_mega.cli.generate import GENERATE_HELP, generate
 from ghostvis_mega.cli.gradients import GRADIENTS_HELP, gradients
 from ghostvis_mega.cli.leak import LEAK_HELP, leak
 from ghostvis_mega.cli.simulate_dispatch import SIMULATE_DISPATCH_HELP, simulate_dispatch
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command(help=CHECK_HELP)(check)
 app.command(help=CERTIFY_HELP)(certify)
+app.command(help=GENERATE_HELP)(generate)
 app.command(help=GRADIENTS_HELP)(gradients)
 app.command(help=LEAK_HELP)(leak)
 app.command(help=STRESS_HELP)(stress)

@@ -27,9 +27,10 @@ from ghostvis_mega.convert.tensor_file import CODES, TensorFileWriter, TensorInf
 from ghostvis_mega.data.images import load_image
 from ghostvis_mega.generate.engine import Engine, Request
 from ghostvis_mega.generate.kernels import Kernels, TorchKernels
-from ghostvis_mega.generate.load import load_engine
+from ghostvis_mega.generate.load import load_model
 from ghostvis_mega.generate.pictures import EmbeddingCache
 from ghostvis_mega.generate.sampling import Sampling
+from ghostvis_mega.utils.figures import Figure, at_least
 
 SPEED_UP = 2.0
 """Bar: ours against transformers at batch 1."""
@@ -51,8 +52,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Models that transformers knows as LLaVA: Qwen2.5-1.5B with SigLIP-B/32 at 256 pixels (64 tokens a
 picture), and a small one for machines without a GPU."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ class Bench:
     def __init__(self, plan: Plan, folder: Path):
         self.plan = plan
         self.model = ModelConfig.model_validate(PRESETS[plan.preset])
-        self.rows: list[Row] = []
+        self.rows: list[Figure] = []
         with _step("random weights", plan):
             self.image_token = make_model(folder / "model", self.model, plan)
         start = self._allocated()
@@ -218,14 +217,13 @@ class Bench:
         self.stock_bytes = self._allocated() - start - self.own_bytes
 
     def _load(self, folder: Path) -> Engine:
-        return load_engine(
+        loaded = load_model(
             folder,
             device=self.plan.device,
             dtype=self.plan.dtype,
-            image_token=self.image_token,
-            max_rows=max(self.plan.batches),
             kernels=None if self.plan.fused else TorchKernels(),
         )
+        return Engine(loaded, image_token=self.image_token, max_rows=max(self.plan.batches))
 
     @property
     def _on_gpu(self) -> bool:
@@ -234,11 +232,9 @@ class Bench:
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self._on_gpu else 0
 
-    def _row(
-        self, name: str, value: float, unit: str, *, bar: float | None = None, least: bool = True
-    ) -> None:
-        ok = None if bar is None else (value >= bar if least else value <= bar)
-        self.rows.append({"name": name, "value": value, "unit": unit, "bar": bar, "ok": ok})
+    def add(self, name: str, value: float, unit: str, *, bar: float | None = None) -> None:
+        """A row that is fine from its bar on."""
+        self.rows.append(at_least(name, value, unit, bar))
 
     def requests(self, batch: int, pictures: bool, *, tokens: int) -> list[Request]:
         """Prompts of this benchmark."""
@@ -290,13 +286,13 @@ class Bench:
                 theirs.append(self._theirs(requests))
         made = batch * tokens
         own, stock = made / median(ours), made / median(theirs)
-        self._row(f"{what}: ours", own, "tokens/s")
-        self._row(f"{what}: transformers", stock, "tokens/s")
+        self.add(f"{what}: ours", own, "tokens/s")
+        self.add(f"{what}: transformers", stock, "tokens/s")
         bar = SPEED_UP if batch == 1 and self._on_gpu else None
         if batch == 1 and self._on_gpu and not pictures:
             rate = own * self.engine.decoder.num_bytes / 1e12
-            self._row(f"{what}: weights read", rate, "TB/s")
-        self._row(f"{what}: ours / transformers", own / stock, "times", bar=bar)
+            self.add(f"{what}: weights read", rate, "TB/s")
+        self.add(f"{what}: ours / transformers", own / stock, "times", bar=bar)
 
     def first_token(self, pictures: bool) -> None:
         """Time to the first token at batch 1, and what a picture that is known saves."""
@@ -308,11 +304,11 @@ class Bench:
             times = [(self._ours(requests), self._theirs(requests)) for _ in range(5)]
             known = [self._ours(requests, forget=False) for _ in range(5)]
         ours, theirs = (1000 * median(column) for column in zip(*times, strict=True))
-        self._row(f"{what}: ours", ours, "ms")
-        self._row(f"{what}: transformers", theirs, "ms")
+        self.add(f"{what}: ours", ours, "ms")
+        self.add(f"{what}: transformers", theirs, "ms")
         if pictures:
-            self._row(f"{what}: ours, picture in the cache", 1000 * median(known), "ms")
-            self._row(
+            self.add(f"{what}: ours, picture in the cache", 1000 * median(known), "ms")
+            self.add(
                 "first token: new picture / known picture", ours / 1000 / median(known), "times"
             )
 
@@ -329,7 +325,7 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats()
                 work(requests)
                 peak = torch.cuda.max_memory_allocated() - other
-                self._row(f"batch {batch}, one picture each: memory, {name}", peak / 1e9, "GB")
+                self.add(f"batch {batch}, one picture each: memory, {name}", peak / 1e9, "GB")
 
     def agreement(self) -> None:
         """Greedy tokens of both; in BF16 near ties of random weights part them."""
@@ -344,10 +340,10 @@ class Bench:
         ]
         first = [a[0] == b[0] for a, b in zip(ours, theirs, strict=True)]
         exact = 1.0 if self.plan.dtype == torch.float32 else None
-        self._row(
+        self.add(
             "greedy tokens that agree with transformers'", sum(same) / len(same), "share", bar=exact
         )
-        self._row("first tokens that agree", sum(first) / len(first), "share", bar=exact)
+        self.add("first tokens that agree", sum(first) / len(first), "share", bar=exact)
 
     def variants(self) -> None:
         """What the fused kernels and the recorded steps are worth at batch 1."""
@@ -367,11 +363,11 @@ class Bench:
                 self.engine.use(kernels, graphs=recorded)
                 self._ours(requests)
                 speed = self.plan.tokens / median([self._ours(requests) for _ in range(3)])
-            self._row(f"batch 1, text: {name}", speed, "tokens/s")
+            self.add(f"batch 1, text: {name}", speed, "tokens/s")
         self.engine.use(used, graphs=graphs)
 
 
-def bench_generate_rows(plan: Plan, folder: Path) -> list[Row]:
+def bench_generate_rows(plan: Plan, folder: Path) -> list[Figure]:
     """All rows; `folder` takes one copy of the weights."""
     bench = Bench(plan, folder)
     bench.agreement()

@@ -38,6 +38,16 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights."""
+
+    config: ModelConfig
+    decoder: Decoder
+    pictures: PictureEncoder | None = None
+    """None for a model of text."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One prompt."""
 
@@ -137,9 +147,7 @@ class Engine:
     """A loaded model that answers.
 
     Args:
-        model: Its settings.
-        decoder: Its language model.
-        pictures: Its encoder; None for a model of text.
+        loaded: It.
         codec: Text and end tokens; None for tokens alone.
         image_token: Stands for a picture in prompts.
         choices: Tokens that may come, where the tokenizer has fewer than the model.
@@ -151,10 +159,8 @@ class Engine:
 
     def __init__(
         self,
-        model: ModelConfig,
-        decoder: Decoder,
+        loaded: LoadedModel,
         *,
-        pictures: PictureEncoder | None = None,
         codec: Codec | None = None,
         image_token: int | None = None,
         choices: int | None = None,
@@ -162,11 +168,12 @@ class Engine:
         window: int | None = None,
         graphs: bool | None = None,
     ):
-        self.model, self.decoder, self.pictures, self.codec = model, decoder, pictures, codec
+        self.model, self.decoder, self.pictures = loaded.config, loaded.decoder, loaded.pictures
+        self.codec = codec
         self.image_token, self.max_rows = image_token, max_rows
-        self.vocab = model.llm.vocab_tokens
+        self.vocab = self.model.llm.vocab_tokens
         self.choices = min(choices or self.vocab, self.vocab)
-        on_gpu = decoder.device.type == "cuda"
+        on_gpu = self.decoder.device.type == "cuda"
         self.window = window or (GPU_WINDOW if on_gpu else 1)
         self.graphs = on_gpu if graphs is None else graphs
         self._rows: Rows | None = None

@@ -1,4 +1,4 @@
-"""From a path to an engine that answers."""
+"""From a path to a model with its weights."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ import torch
 
 from ghostvis_mega.config.schema import ModelConfig
 from ghostvis_mega.generate.decoder import Decoder
-from ghostvis_mega.generate.engine import MAX_ROWS, Codec, Engine
+from ghostvis_mega.generate.engine import LoadedModel
 from ghostvis_mega.generate.kernels import Kernels, TorchKernels
 from ghostvis_mega.generate.pictures import DEFAULT_CACHE_BYTES, EmbeddingCache, PictureEncoder
 from ghostvis_mega.generate.ranks import Ranks
@@ -20,28 +20,24 @@ log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_engine(
+def load_model(
     path: Path,
     *,
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
     kernels: Kernels | None = None,
-    codec: Codec | None = None,
-    image_token: int | None = None,
-    choices: int | None = None,
-    max_rows: int = MAX_ROWS,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
-    window: int | None = None,
-    graphs: bool | None = None,
     check: bool = True,
-) -> Engine:
-    """Read a model's weights; arguments as `Engine` and `Decoder` have them.
+) -> LoadedModel:
+    """Read a model's weights.
 
     Args:
         path: A checkpoint of any layout, or a Hugging Face directory.
         device: Of the model.
         dtype: Of weights and activations.
+        ranks: That share the language model; each encodes pictures by itself.
+        kernels: Of the steps of decoding; None: what suits the device.
         cache_bytes: Most memory for embeddings of pictures.
         check: Compare files with their digests, where they have any.
 
@@ -62,18 +58,9 @@ def load_engine(
         if source.model.vision is not None:
             encoder = _encoder(source, device=device, dtype=dtype)
             pictures = PictureEncoder(encoder, EmbeddingCache(cache_bytes))
+        loaded = LoadedModel(source.model, decoder, pictures)
     log.info("loaded %s in %.1f s", path, time.perf_counter() - began)
-    return Engine(
-        source.model,
-        decoder,
-        pictures=pictures,
-        codec=codec,
-        image_token=image_token,
-        choices=choices,
-        max_rows=max_rows,
-        window=window,
-        graphs=graphs,
-    )
+    return loaded
 
 
 def default_kernels(model: ModelConfig, device: torch.device) -> Kernels:

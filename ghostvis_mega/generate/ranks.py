@@ -52,3 +52,16 @@ class TensorRanks:
         parts = [torch.empty_like(x_RV) for _ in range(self.size)]
         dist.all_gather(parts, x_RV.contiguous(), group=self._group)
         return torch.cat(parts, dim=1)
+
+
+def join_ranks(device: torch.device) -> TensorRanks:
+    """Meet the other processes that a launcher has started, all of which share the model."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    group = dist.group.WORLD
+    assert group is not None
+    return TensorRanks(group)
+
+
+def leave_ranks() -> None:
+    """Part from them after the work, for this process is about to end."""
+    dist.destroy_process_group()

@@ -14,7 +14,7 @@ from ghostvis_mega.convert.exporter import ExportOptions, export_hf
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.data.images import load_image
 from ghostvis_mega.generate.engine import Engine, Request
-from ghostvis_mega.generate.load import load_engine
+from ghostvis_mega.generate.load import load_model
 from ghostvis_mega.generate.sampling import Sampling
 from tests.convert.cases import IMAGE, build, save
 
@@ -29,14 +29,15 @@ PROMPTS: list[tuple[list[int], tuple[int, ...]]] = [
 """Tokens with one sentinel a picture, and which pictures."""
 
 
-def _png(seed: int) -> bytes:
-    pixels = np.random.Generator(np.random.PCG64(seed)).integers(0, 256, (SIDE, SIDE, 3))
+def png(seed: int, side: int = SIDE) -> bytes:
+    """A picture of noise."""
+    pixels = np.random.Generator(np.random.PCG64(seed)).integers(0, 256, (side, side, 3))
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, format="PNG")
     return file.getvalue()
 
 
-PICTURES = [_png(seed) for seed in range(3)]
+PICTURES = [png(seed) for seed in range(3)]
 
 
 def pixels(ids: Sequence[int]) -> torch.Tensor | None:
@@ -67,4 +68,5 @@ class Made(dict[str, tuple[Path, Path]]):
 
 def engine_of(path: Path, **options: Any) -> Engine:
     """The model in fp32 on the CPU."""
-    return load_engine(path, device=CPU, dtype=torch.float32, image_token=IMAGE, **options)
+    loaded = load_model(path, device=CPU, dtype=torch.float32)
+    return Engine(loaded, image_token=IMAGE, **options)

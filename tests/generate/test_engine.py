@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.engine import Completion, Engine
+from ghostvis_mega.generate.pictures import EmbeddingCache
 from ghostvis_mega.generate.sampling import Modes, RowOptions, Sampling, SamplingError, choose
 from ghostvis_mega.parallel.groups import Groups
 from tests.convert.cases import IMAGE
@@ -176,7 +177,8 @@ def test_a_picture_is_encoded_once(made: Made):
     assert (statistics.misses, statistics.hits) == (3, 3) and statistics.hit_rate == 0.5
     assert [own[0].tokens for own in first] == [own[0].tokens for own in again]
     # Room for two: the one longest unused goes.
-    small = engine_of(made["llava-siglip"][0], cache_bytes=2 * each)
+    small = engine_of(made["llava-siglip"][0])
+    small.pictures.cache = EmbeddingCache(2 * each)
     small.pictures([PICTURES[0], PICTURES[1]])
     small.pictures([PICTURES[0]])
     small.pictures([PICTURES[2]])

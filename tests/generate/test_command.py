@@ -1,0 +1,233 @@
+"""`ghostvis generate` as people call it: answers are those of stock transformers; errors come
+first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from ghostvis_mega.cli.main import app
+from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.convert.assets import Assets
+from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+from ghostvis_mega.convert.importer import ImportOptions, import_hf
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.template import ImagePart, Turn
+from ghostvis_mega.generate.bench import PRESETS, Plan, make_model
+from ghostvis_mega.generate.text import HuggingFaceText, TextStream, TrainingText, open_text
+from tests.generate.models import png
+
+LENGTH = "6"
+QUESTION = "What colour is the shape?"
+
+
+@pytest.fixture(scope="module")
+def data(easy_vqa: Path) -> Path:
+    return easy_vqa / "train.gvd"
+
+
+@pytest.fixture(scope="module")
+def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(checkpoint, export) with the dataset's tokenizer; weights that answer something."""
+    folder = tmp_path_factory.mktemp("command")
+    settings = {**PRESETS["tiny"], "llm": {**PRESETS["tiny"]["llm"], "init_std": 0.15}}
+    plan = Plan(preset="tiny", device=torch.device("cpu"))
+    make_model(folder / "random", ModelConfig.model_validate(settings), plan)
+    native = import_hf([folder / "random"], folder / "native", ImportOptions())
+    options = ExportOptions(assets=Assets(data=data))
+    return native, export_hf(native, folder / "export", options)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [folder / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        # Of the tower's size: libraries resize a little differently.
+        path.write_bytes(png(number, PRESETS["tiny"]["vision"]["image_size"]))
+    return paths
+
+
+def run(*arguments: Any) -> tuple[int, str, str]:
+    found = CliRunner().invoke(
+        app, ["generate", *map(str, arguments), "--device", "cpu", "--max-tokens", LENGTH]
+    )
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found.exit_code, found.stdout, found.stderr
+
+
+def stock_answer(export: Path, text: list[dict[str, Any]], files: list[Path]) -> str:
+    processor = AutoProcessor.from_pretrained(export)
+    stock = AutoModelForImageTextToText.from_pretrained(export).eval()
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True
+    )
+    opened = [Image.open(path) for path in files]
+    inputs = processor(text=prompt, images=opened or None, return_tensors="pt")
+    ids = stock.generate(**inputs, max_new_tokens=int(LENGTH), do_sample=False)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_answers_are_those_of_stock_transformers(model, data, pictures, count: int):
+    native, export = model
+    files = pictures[:count]
+    content = [*({"type": "image"} for _ in files), {"type": "text", "text": QUESTION}]
+    wanted = stock_answer(export, content, files)
+    assert wanted.strip()
+    options = ["--prompt", QUESTION, *(x for path in files for x in ("--image", path))]
+    code, out, _ = run(export, *options)
+    assert code == 0 and out == wanted + "\n"
+    # Libraries show bytes that are no text in ways of their own, so tokens are compared here.
+    tokens = [
+        json.loads(run(*arguments, *options, "--json", "--logprobs")[1])[0]["completions"][0]
+        for arguments in ([export], [native, "--data", data])
+    ]
+    assert tokens[0]["tokens"] == tokens[1]["tokens"]
+
+
+def test_placeholders_put_pictures_into_the_text(model, pictures):
+    files = [pictures[0], pictures[1]]
+    content = [
+        {"type": "text", "text": "Is "},
+        {"type": "image"},
+        {"type": "text", "text": " like "},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+    ]
+    wanted = stock_answer(model[1], content, files)
+    prompt = "Is <|image|> like <|image|>?"
+    images = [x for path in files for x in ("--image", path)]
+    assert run(model[1], "--prompt", prompt, *images)[1] == wanted + "\n"
+    # The places matter.
+    assert wanted != stock_answer(model[1], [*content[1::2], *content[::2]], files)
+
+
+def test_training_and_export_agree_on_the_prompt(model, data):
+    dataset = Dataset.open(data)
+    ours = open_text(model[0], Assets(data=data))
+    theirs = open_text(model[1], Assets())
+    assert isinstance(ours, TrainingText) and isinstance(theirs, HuggingFaceText)
+    assert ours.stop_tokens == theirs.stop_tokens and ours.image_token == theirs.image_token
+    for index in range(3):
+        tokens, ids, _, question = dataset.prompt(index)
+        turns = [Turn("user", (*(ImagePart() for _ in ids), question))]
+        assert ours.prompt(turns) == list(tokens)
+        assert theirs.prompt(turns) == list(tokens)
+    chat = [
+        Turn("system", ("Be brief.",)),
+        Turn("user", ("Hi",)),
+        Turn("assistant", ("yes",)),
+        Turn("user", ("And?",)),
+    ]
+    assert ours.prompt(chat) == theirs.prompt(chat)
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers(model, pictures, tmp_path):
+    rows = [
+        {"prompt": QUESTION, "images": [str(pictures[0])]},
+        {"prompt": QUESTION, "n": 3, "temperature": 1.0, "seed": 4, "id": "b"},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}],
+         "images": [str(pictures[1])]},
+    ]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    out = tmp_path / "deep" / "out.jsonl"
+    code, _, err = run(
+        model[1], "--input", tmp_path / "in.jsonl", "--output", out, "--logprobs", "--rows", 2
+    )
+    assert code == 0 and "tokens/s" in err and "2 encoded" in err
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(row["completions"]) for row in found] == [1, 3, 1]
+    assert found[1]["id"] == "b" and len({c["text"] for c in found[1]["completions"]}) > 1
+    one = run(model[1], "--prompt", QUESTION, "--image", pictures[0], "--json")
+    (alone,) = json.loads(one[1])
+    assert alone["completions"][0]["text"] == found[0]["completions"][0]["text"]
+    first = found[0]["completions"][0]
+    assert len(first["logprobs"]) == len(first["tokens"]) == first["num_tokens"]
+    assert list(tmp_path.glob("deep/*")) == [out]
+
+
+def test_streamed_text_is_the_answer(model, pictures):
+    options = [model[1], "--prompt", QUESTION, "--image", pictures[2]]
+    assert run(*options, "--stream")[1] == run(*options)[1]
+
+
+def test_plain_text_goes_on(model, data):
+    assert run(model[0], "--data", data, "--prompt", "What", "--raw")[0] == 0
+    code, _, err = run(model[1], "--prompt", "What", "--raw", "--system", "x")
+    assert code == 2 and "--raw takes text alone" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--prompt", "x", "--image", "none.png"], "image none.png cannot be read: No such file"),
+        (["--prompt", "x", "--image", __file__], "cannot be used: not_an_image"),
+        (["--prompt", "<|image|> <|image|>", "--image", "a.png"], "2 times <|image|>, but 1 image"),
+        (["--prompt", "<|image|>"], "1 times <|image|>, but 0 images"),
+        (["--prompt", "word " * 600], "positions, and the model has 512"),
+        (["--prompt", "x", "--top-p", "2"], "top_p=2.0 cannot be"),
+        (["--input", "none.jsonl"], "none.jsonl cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    model, options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ghostvis_mega.generate.load.load_model", None)
+    code, _, err = run(model[1], *options)
+    assert code == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[]", "line 2 is no JSON object"),
+        ('{"prompt": "x", "temprature": 1}', "'temprature' is unknown"),
+        ('{"images": []}', "give one of prompt and messages"),
+        ('{"prompt": "x", "images": "a.png"}', "images is no list"),
+        ('{"prompt": "x", "n": 0}', "n=0 cannot be"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "content is neither"),
+        ('{"messages": [{"role": "user", "content": "x"}], "images": ["a"]}', "show 0 images, 1"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "conversation"),
+    ],
+)
+def test_a_broken_line_is_named(model, data, tmp_path, line: str, sentence: str):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
+    code, _, err = run(model[0], "--data", data, "--input", tmp_path / "in.jsonl")
+    assert code == 2 and sentence in err and "in.jsonl, line 2" in err
+
+
+def test_models_that_cannot_answer_are_named(model, data, tmp_path):
+    code, _, err = run(model[0], "--prompt", "x")
+    assert code == 2 and "holds no tokenizer: name the data" in err
+    code, _, err = run(tmp_path, "--prompt", "x")
+    assert code == 2 and "holds neither" in err
+
+
+def test_a_damaged_file_is_named(model, data, tmp_path):
+    export = tmp_path / "export"
+    export.mkdir()
+    for path in model[1].iterdir():
+        (export / path.name).write_bytes(path.read_bytes())
+    weights = bytearray((export / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (export / "model.safetensors").write_bytes(weights)
+    code, _, err = run(export, "--prompt", "x")
+    assert code == 2 and "model.safetensors is damaged" in err
+    assert run(export, "--prompt", "x", "--no-verify")[0] == 0
+
+
+def test_a_text_is_shown_once_it_is_sure():
+    stream = TextStream(("END",))
+    shown = [stream.more(text, final=False) for text in ("a", "a\ufffd", "a\u20ac E", "a\u20ac EN")]
+    assert shown == ["a", "", "\u20ac ", ""]
+    assert stream.more("a\u20ac ENx", final=False) == "ENx"
+    assert stream.more("a\u20ac ENx\ufffd", final=True) == "\ufffd"
