@@ -142,7 +142,7 @@ class Stock:
     def generate(self, requests: list[Request], *, image_token: int, count: int) -> list[list[int]]:
         """Greedy tokens; prompts are of one length, so that nothing is padded.
 
-        Pictures are ready as pixels on the device: their decoding is not part of `generate()`.
+        Pictures are decoded and resized by our code in either case: the models are compared.
         """
         width = self.model.tokens_per_image
         ids = [

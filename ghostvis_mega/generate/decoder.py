@@ -147,7 +147,7 @@ class Decoder:
             return F.embedding(tokens, self.embedding_VH)
         own = tokens - self.ranks.rank * self.embedding_VH.shape[0]
         here = (own >= 0) & (own < self.embedding_VH.shape[0])
-        found = F.embedding(own.where(here, 0), self.embedding_VH) * here.unsqueeze(-1)
+        found = F.embedding(own.masked_fill(~here, 0), self.embedding_VH) * here.unsqueeze(-1)
         return self.ranks.add(found)
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:

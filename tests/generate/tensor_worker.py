@@ -1,6 +1,7 @@
 """One of two ranks that share each layer: tokens and log-probabilities of a list of prompts."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from tests.launch import write_result
 
 def main() -> None:
     """Answer with each model; all ranks must say the same."""
-    ranks = join_ranks(CPU)
+    device = CPU
+    if sys.argv[2] == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    ranks = join_ranks(device)
     found = {}
     for name, path in json.loads(sys.argv[1]).items():
-        loaded = load_model(Path(path), device=CPU, dtype=torch.float32, ranks=ranks)
+        loaded = load_model(Path(path), device=device, dtype=torch.float32, ranks=ranks)
         engine = Engine(loaded, image_token=IMAGE)
         prompts = PROMPTS if loaded.pictures is not None else PROMPTS[:1]
         requests = [request(prompt, max_tokens=6) for prompt in prompts]
