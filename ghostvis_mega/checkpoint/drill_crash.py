@@ -6,10 +6,12 @@ must be the state of its step, at most one interval old; nothing incomplete may 
 and the next save must succeed and clean up.
 """
 
+import errno
 import hashlib
 import mmap
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -37,6 +39,9 @@ Scenario = Literal["next", "again"]
 Fault = Literal["prune-first", "manifest-first", "no-fsync"]
 _OLD = (1, 2)
 _TRIAL_S = 60.0
+_NEEDS_ROOM = ("create", "write", "half of write", "mkdir")
+"""Points that fail on a full disk."""
+_LIMITS = (1, 1000, 4000, 8000)
 _MIXED = 3
 """Of the trials with several ranks, every third kills one alone; in the others all die."""
 
@@ -108,6 +113,22 @@ class CrashDrill:
                 name = f"{scenario}: power cut at point {copy.name}"
                 self._look(findings, name, at_least=2, at_most=3)
 
+    def full_disks(self, findings: Findings) -> None:
+        """A disk that is full from some point on, at every point of the last rank's save; then
+        true limits of the system on the size of a file."""
+        names = self._run(partial(self._name_points, "next"))[-1]
+        trials = {
+            f"full disk from {name}": partial(self._run_out, number)
+            for number, name in enumerate(names)
+            if name.startswith(_NEEDS_ROOM)
+        }
+        trials |= {f"files of {size} bytes at most": partial(self._limit, size) for size in _LIMITS}
+        for name, action in trials.items():
+            for told in self._run(action):
+                if "could not be saved" not in told:
+                    findings.problems.append(f"{name}: a rank is told {told!r}")
+            self._look(findings, name, at_least=2, at_most=3)
+
     def random_times(self, findings: Findings, *, kills: int, seed: int) -> None:
         """Kill ranks that save in a loop at times drawn at random."""
         draw = random.Random(seed)
@@ -178,6 +199,33 @@ class CrashDrill:
 
         with watch(Points(at=at)):
             self._save(_step(scenario), rank)
+
+    def _run_out(self, number: int, rank: int) -> str:
+        self._join()
+
+        def at(passed: int, name: str) -> None:
+            if rank == self.ranks - 1 and passed >= number and name.startswith(_NEEDS_ROOM):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with watch(Points(at=at)):
+            return self._told(rank)
+
+    def _limit(self, size: int, rank: int) -> str:
+        self._join()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == self.ranks - 1:
+            # Python ignores the signal that comes with it, so that writes fail.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        told = self._told(rank)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return told
+
+    def _told(self, rank: int) -> str:
+        try:
+            self._save(3, rank)
+        except CheckpointError as error:
+            return str(error)
+        return "nothing"
 
     def _cut_power(self, scenario: Scenario, out: Path, rank: int) -> None:
         with PowerCut(self._checkpoints, out).watch():

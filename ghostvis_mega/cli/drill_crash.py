@@ -22,9 +22,10 @@ Examples (two to three minutes on two idle cores, or a quarter with fewer kills)
 
 \b
 Every write, fsync, rename and deletion of a save is a point: one and two ranks are killed there
-with SIGKILL, alone or together. At each point of one rank's save a power cut is played as well:
-data that was not brought to the disk is gone, and so are names. After each, the newest complete
-checkpoint must be the state of its step and at most one save old, and the next save must succeed.
+with SIGKILL, alone or together, or find the disk full. At each point of one rank's save a power cut
+is played as well: data that was not brought to the disk is gone, and so are names. After each, the
+newest complete checkpoint must be the state of its step and at most one save old, and the next save
+must succeed.
 --fault breaks the saving on purpose, and must end with 1.
 Exit code: 0 nothing is lost, 1 otherwise.
 """
@@ -57,6 +58,7 @@ def drill_crash(
     found = {
         "kills at points": Findings(),
         "power cuts": Findings(),
+        "full disks": Findings(),
         "random kills": Findings(),
     }
     with tempfile.TemporaryDirectory(prefix="ghostvis-drill-") as folder:
@@ -67,6 +69,8 @@ def drill_crash(
             drill.every_point(found["kills at points"])
             if ranks == 1:
                 drill.power_cuts(found["power cuts"])
+            if fault is None:
+                drill.full_disks(found["full disks"])
             share = random_kills - random_kills // 4 if ranks == 1 else random_kills // 4
             drill.random_times(found["random kills"], kills=share, seed=seed + ranks)
     problems = [problem for findings in found.values() for problem in findings.problems]

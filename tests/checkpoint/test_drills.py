@@ -37,6 +37,7 @@ def test_no_kill_loses_more_than_the_save_under_way():
     assert rows["named points"]["value"] >= 40
     assert rows["kills at points"]["value"] >= 200
     assert rows["power cuts"]["value"] >= 150
+    assert rows["full disks"]["value"] >= 30
     assert rows["random kills"]["value"] == 200
     assert all(row["value"] == 0 for name, row in rows.items() if name.startswith("losses"))
 
