@@ -102,17 +102,28 @@ class Account:
         return self.seconds["productive"] / self.wall_s if self.wall_s > 0 else 0.0
 
 
-def read_account(path: Path) -> Account:
-    """What a ledger holds; a line that is torn or not ours is left out with a warning."""
-    account = Account()
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger; one that is torn or not ours is left out with a warning."""
+    rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            account.add(json.loads(line))
+            row = json.loads(line)
+            Account().add(row)
         except (ValueError, KeyError, TypeError):
             log.warning("%s, line %d, is torn or not ours; left out", path, number)
+            continue
+        rows.append(row)
+    return rows
+
+
+def read_account(path: Path) -> Account:
+    """What a ledger comes to."""
+    account = Account()
+    for row in read_rows(path):
+        account.add(row)
     return account
 
 

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,34 @@ def run_ranks(
         RankError: A rank failed.
         RankHang: Time is up.
     """
+    name = target[1] if target[0] == "-m" else Path(target[0]).name
+    with started_ranks(
+        target,
+        ranks=ranks,
+        fuse_s=timeout_s + 60,
+        folder=folder,
+        environment=environment,
+        first_output=first_output,
+    ) as processes:
+        _wait(name, processes, folder, timeout_s)
+
+
+@contextlib.contextmanager
+def started_ranks(
+    target: Sequence[str],
+    *,
+    ranks: int,
+    fuse_s: float,
+    folder: Path,
+    environment: Mapping[str, str],
+    first_output: int | None = None,
+) -> Iterator[list[subprocess.Popen]]:
+    """Processes of `run_ranks`, killed with all that they have started where the block ends.
+
+    Args:
+        target, ranks, folder, environment, first_output: As for `run_ranks`.
+        fuse_s: After which a rank ends by itself, should this process be killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shared = {
         **os.environ,
@@ -151,16 +179,15 @@ def run_ranks(
         "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")])),
         "LAUNCH_FOLDER": str(folder),
-        "LAUNCH_FUSE_S": str(timeout_s + 60),
+        "LAUNCH_FUSE_S": str(fuse_s),
     }
-    name = target[1] if target[0] == "-m" else Path(target[0]).name
     processes: list[subprocess.Popen] = []
     try:
         for rank in range(ranks):
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             output = None if rank else first_output
             processes.append(_start(target, rank, folder, environment, output))
-        _wait(name, processes, folder, timeout_s)
+        yield processes
     finally:
         for process in processes:
             # The rank and whatever it has started.
