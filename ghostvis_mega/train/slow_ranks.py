@@ -7,8 +7,9 @@ computed, pictures packed to be sent. A rank with more work may take more time i
 with less work is not expected to be faster, because much of a step is there whatever the batch
 holds.
 
-Medians over the steps of a window keep single late steps out. Ranks tell each other their medians
-in the all-reduce that each step makes anyway.
+Of the times in a window the lower quartile counts: what else a machine does makes some steps late,
+a slow rank is slow in all of them. Ranks tell each other theirs in the all-reduce that each step
+makes anyway.
 """
 
 import logging
@@ -86,7 +87,8 @@ class SlowRanks:
             return ()
         told = []
         for name in SECTIONS:
-            told += [statistics.median(s[name][n] for s in self._steps) for n in range(2)]
+            seconds = sorted(s[name][0] for s in self._steps)
+            told += [seconds[len(seconds) // 4], statistics.median(s[name][1] for s in self._steps)]
         self._steps.clear()
         return tuple(told)
 

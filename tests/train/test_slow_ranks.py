@@ -1,12 +1,16 @@
 """A slow rank is named with its section; a rank with more work is not."""
 
+import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ghostvis_mega.config.schema import GuardsConfig
 from ghostvis_mega.parallel.groups import Place
 from ghostvis_mega.train.slow_ranks import SECTIONS, SlowRank, SlowRanks, find_slow
+from tests.launch import launch
 
 RANKS = 4
 PLACES = tuple(Place(data=rank, pipeline=0, tensor=0) for rank in range(RANKS))
@@ -102,3 +106,28 @@ def test_stages_of_a_pipeline_are_compared_among_themselves() -> None:
     told[0] = (0.0, 1, 0.0, 1, 0.4, 1, 0.0, 1)
     assert find_slow(told, places, factor=FACTOR) == [SlowRank(0, "LLM", pytest.approx(4))]
     assert find_slow(told[:2], places[:2], factor=FACTOR) == [], "nobody to compare with"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    worker = Path(__file__).with_name("slow_worker.py")
+    return launch(worker, ranks=2, timeout_s=250, folder=tmp_path_factory.mktemp("slow"))
+
+
+@pytest.mark.world_size(2)
+def test_real_waits_name_nobody(measured: dict[str, Any]) -> None:
+    assert measured["balanced"] == []
+    assert measured["more pictures"] == []
+
+
+@pytest.mark.world_size(2)
+def test_a_training_run_names_who_is_slow_in_what_and_nobody_else(measured: dict[str, Any]) -> None:
+    rows = [json.loads(line) for line in measured["training"].splitlines()]
+    found = [(row["step"], row["rank"], row["section"]) for row in rows]
+    assert {(rank, section) for _, rank, section in found} == {
+        (1, "tower"), (0, "LLM"), (1, "data"), (0, "comm"),
+    }  # fmt: skip
+    for phase, section in enumerate(("tower", "LLM", "data", "comm"), 1):
+        steps = [step for step, _, name in found if name == section]
+        # In the first verdict after a whole window, and until the end of the phase.
+        assert steps == [20 * phase + 10, 20 * phase + 20]

@@ -1,0 +1,148 @@
+"""All time since the first launch is in one part each, through kills, resumes and rollbacks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghostvis_mega.train.goodput import PARTS, Account, Goodput, read_account
+from ghostvis_mega.train.observers import Summary
+from ghostvis_mega.train.report.timing import draw_goodput
+from tests.launch import ROOT
+
+LAUNCH = """
+import json, sys, time
+from pathlib import Path
+from ghostvis_mega.train.goodput import Goodput
+from ghostvis_mega.utils.processes import process_started
+
+folder, total = Path(sys.argv[1]), int(sys.argv[2])
+saved = folder / "saved"
+goodput = Goodput(folder / "goodput.jsonl", started=process_started())
+start = int(saved.read_text()) if saved.exists() else 0
+goodput.ready(start=start)
+for done in range(start + 1, total + 1):
+    began = time.perf_counter()
+    time.sleep(0.04)
+    seconds = time.perf_counter() - began
+    goodput.step(done, seconds=seconds, data=seconds / 4, skipped=done % 10 == 0)
+    with open(folder / "steps.jsonl", "a") as file:
+        file.write(json.dumps([done, seconds]) + "\\n")
+    if done % 50 == 0:
+        with goodput.part("save"):
+            time.sleep(0.1)
+            saved.write_text(str(done))
+goodput.write()
+"""
+
+
+def launch(folder: Path, *, total: int, kill_after: int | None) -> None:
+    """One process; killed once it has done so many steps in all launches together."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(folder), str(total)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    log = folder / "steps.jsonl"
+    while kill_after is not None:
+        time.sleep(0.02)
+        if log.exists() and len(log.read_text().splitlines()) >= kill_after:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait(timeout=120) == (0 if kill_after is None else -signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 100 steps, killed twice behind its checkpoint after step 50."""
+    path = tmp_path_factory.mktemp("goodput")
+    launch(path, total=100, kill_after=85)
+    launch(path, total=100, kill_after=120)
+    launch(path, total=100, kill_after=None)
+    return path
+
+
+def kept_steps(folder: Path) -> dict[int, float]:
+    """The time that each step took when it was done for the last time."""
+    return dict(json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines())
+
+
+def test_a_killed_run_knows_where_all_of_its_time_went(folder: Path) -> None:
+    account = read_account(folder / "goodput.jsonl")
+    assert account.launches == 3
+    assert sum(account.seconds.values()) == pytest.approx(account.wall_s, abs=0.01)
+    kept = kept_steps(folder)
+    assert sorted(kept) == list(range(1, 101))
+    trained = sum(seconds for done, seconds in kept.items() if done % 10)
+    assert account.seconds["productive"] == pytest.approx(0.75 * trained, abs=0.02)
+    assert account.seconds["data"] == pytest.approx(0.25 * trained, abs=0.02)
+    assert account.share == pytest.approx(account.seconds["productive"] / account.wall_s)
+    assert account.seconds["lost"] > 1.0 and account.seconds["save"] > 0.1
+    assert account.seconds["start-up"] > 0.1 and account.seconds["restart"] > 0
+
+
+def test_an_account_that_forgets_lost_steps_would_be_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Account, "undo", lambda self, step: None)
+    account = read_account(folder / "goodput.jsonl")
+    trained = sum(seconds for done, seconds in kept_steps(folder).items() if done % 10)
+    assert account.seconds["productive"] > 0.75 * trained + 0.1
+
+
+def account_of(*rows: dict[str, Any]) -> Account:
+    account = Account()
+    for row in rows:
+        account.add(row)
+    return account
+
+
+def test_parts_by_hand() -> None:
+    account = account_of(
+        {"kind": "launch", "time": 100.0},
+        {"kind": "ready", "time": 110.0, "step": 0},
+        {"kind": "time", "time": 120.0, "first": 1, "last": 4, "productive": 6.0, "data": 2.0},
+        {"kind": "time", "time": 123.0, "first": 5, "last": 4, "save": 3.0},
+        {"kind": "time", "time": 133.0, "first": 5, "last": 8, "productive": 8.0, "skipped": 1.0},
+        {"kind": "launch", "time": 140.0},
+        {"kind": "ready", "time": 145.0, "step": 6},
+        {"kind": "time", "time": 150.0, "first": 7, "last": 10, "productive": 4.0},
+        {"kind": "undone", "time": 151.0, "step": 4},
+    )
+    expected = dict.fromkeys(PARTS, 0.0) | {
+        "productive": 6.0,
+        "data": 2.0,
+        "start-up": 15.0,
+        "save": 3.0,
+        "skipped": 1.0,
+        "lost": 12.0,
+        "restart": 7.0,
+        "other": 2 + 1 + 1 + 1,
+    }
+    assert account.seconds == pytest.approx(expected)
+    assert account.wall_s == 51.0 and account.share == pytest.approx(6 / 51)
+
+
+def test_a_torn_line_and_a_clock_set_back_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.jsonl"
+    lines = ('{"kind": "launch", "time": 100.0}', '{"kind": "ready", "time": 104.0, "step": 0}')
+    path.write_text("\n".join((*lines, '{"kind": "ti')))
+    Goodput(path, started=90.0)
+    account = read_account(path)
+    assert account.launches == 2
+    assert account.wall_s == 4.0 and account.seconds["start-up"] == 4.0
+    assert min(account.seconds.values()) >= 0
+
+
+def test_the_report_shows_every_part_that_took_time() -> None:
+    seconds = dict.fromkeys(PARTS, 0.0) | {"productive": 80.0, "start-up": 15.0, "lost": 5.0}
+    page = draw_goodput(Summary(goodput=0.8, goodput_seconds=seconds))
+    assert "Goodput 80.0 % of 1m40s" in page
+    assert all(f">{name}<" in page for name in ("productive", "start-up", "lost"))
+    assert ">restart<" not in page
+    assert draw_goodput(None) == draw_goodput(Summary(status="finished")) == ""
