@@ -110,6 +110,10 @@ demo: demo-data
 	port=$$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
 	deepspeed --num_accelerators 2 --master_port $$port \
 	    examples/pretrain_vlm.py --config examples/configs/vlm_tiny_easyvqa.yaml
+	echo "demo: the same answers from the export, in transformers"
+	export="$$(ls -d $(DEMO)/hf/step-* | tail -1)"
+	python -m ghostvis_mega convert verify "$(DEMO)/checkpoints/$${export##*/}" "$$export" \
+	    --answers 8 --data $(DATA)-test.gvd
 
 clean:
 	rm -rf .venv $(DEMO) $(DATA)-train.gvd $(DATA)-test.gvd $(DATA).model .pytest_cache .ruff_cache build ./*.egg-info

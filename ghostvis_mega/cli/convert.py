@@ -7,7 +7,7 @@ import typer
 
 from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude, print_rows
 from ghostvis_mega.utils.errors import GhostVisError
-from ghostvis_mega.utils.figures import at_most, measured
+from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
 
 CONVERT_HELP = "Weights from and to Hugging Face, without a GPU or a process group."
@@ -45,9 +45,12 @@ VERIFY_HELP = """Check a directory against its own digests, or two sets of weigh
 Examples:
   python -m ghostvis_mega convert verify exports/demo
   python -m ghostvis_mega convert verify runs/demo/checkpoints/step-00001800 exports/demo
+  python -m ghostvis_mega convert verify runs/demo/checkpoints/step-00001800 exports/demo \\
+    --answers 8 --data datasets/easy-vqa-test.gvd
 
 \b
-Exit code: 0 as it should be, 1 damaged or different, 2 not readable.
+With --answers both also answer questions about pictures, the checkpoint here and the directory in
+transformers. Exit code: 0 as it should be, 1 damaged or different, 2 not readable.
 """
 DIFF_HELP = """Show which tensors differ between two sets of weights and by how much.
 
@@ -241,9 +244,16 @@ def verify(
     one: Annotated[Path, typer.Argument(help="Checkpoint or directory.", show_default=False)],
     other: Annotated[Path | None, typer.Argument(help="What it must equal.")] = None,
     part: Part = None,
+    answers: Annotated[
+        int, typer.Option(min=0, help="Pictures of --data to ask both about: ours, transformers.")
+    ] = 0,
+    data: Annotated[Path | None, typer.Option(help="Prepared dataset with questions.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Digests of one directory, or equality of two."""
+    if answers and (other is None or data is None):
+        raise typer.BadParameter("--answers compares a checkpoint with its export: give both, and "
+                                 "--data")  # fmt: skip
     setup_logging(rank=0)
     from ghostvis_mega.convert.compare import compare, damage
 
@@ -259,11 +269,37 @@ def verify(
                 measured("size", round(result.num_bytes / 1e9, 3), "GB"),
                 at_most("different tensors", len(problems), "tensors", 0),
             ]
+            if other is not None and data is not None and answers:
+                more, different = _asked(one, other, data, answers)
+                rows, problems = [*rows, *more], [*problems, *different]
     except GhostVisError as error:
         raise refuse(error) from None
     for problem in problems[:20]:
         typer.echo(problem, err=True)
     conclude(rows, title=f"verify {one}", as_json=as_json)
+
+
+def _asked(
+    checkpoint: Path, export_folder: Path, data: Path, count: int
+) -> tuple[list[Figure], list[str]]:
+    """Rows about answers that ours and transformers give, and the pairs that differ."""
+    from ghostvis_mega.eval.stock_answers import LARGEST_ERROR, answer_both
+
+    found = answer_both(checkpoint, export_folder, data, count=count)
+    different = [
+        f"{pair.question!r}: {pair.ours!r} here, {pair.theirs!r} in transformers"
+        for pair in found
+        if not pair.same
+    ]
+    error = max(pair.error for pair in found)
+    right = sum(pair.ours == pair.reference for pair in found)
+    same = len(found) - len(different)
+    rows = [
+        at_least("answers that transformers gives as well, token for token", same, "", count),
+        at_most("greatest difference of a log-probability", error, "nats", LARGEST_ERROR),
+        measured("answers that are right", right, f"of {len(found)}"),
+    ]
+    return rows, different
 
 
 @convert_app.command("diff", help=DIFF_HELP)

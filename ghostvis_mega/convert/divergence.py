@@ -14,6 +14,7 @@ from ghostvis_mega.convert.hf_folder import CONFIG, read_json
 from ghostvis_mega.convert.schemes import quantize_model_int8
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.images import load_pixels
+from ghostvis_mega.utils.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class Divergence:
 
 
 def load_model(folder: Path) -> nn.Module:
-    """A directory's model in transformers, in fp32; our own formats by our own code."""
+    """A directory's model in transformers, in fp32; our own formats by our own code.
+
+    Raises:
+        CheckpointError: A tensor is missing, too much, or of another shape.
+    """
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     from ghostvis_mega.convert.remote.modeling_ghostvis import GhostVisForConditionalGeneration
@@ -39,7 +44,11 @@ def load_model(folder: Path) -> nn.Module:
         "llava": LlavaForConditionalGeneration,
     }
     loader: Any = classes.get(str(kind), AutoModelForCausalLM)
-    model: nn.Module = loader.from_pretrained(folder, dtype=torch.float32)
+    model: nn.Module
+    model, told = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told[key]:
+            raise CheckpointError(f"{folder}: transformers has {key} {sorted(told[key])[:4]}")
     return model.train(False)
 
 

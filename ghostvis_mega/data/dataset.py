@@ -27,6 +27,7 @@ from ghostvis_mega.data.layout import (
     token_dtype,
 )
 from ghostvis_mega.data.manifest import RECORD_BYTES, Manifest, find_problems, read_manifest
+from ghostvis_mega.data.template import find_style
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import DataError
@@ -143,7 +144,8 @@ class Dataset(Closing):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens, from the copy inside the dataset."""
         info = self.manifest.tokenizer
-        return Tokenizer.load(self.path / info.file, info=info)
+        pieces = find_style(self.manifest.template.name).pieces
+        return Tokenizer.load(self.path / info.file, pieces=pieces, info=info)
 
     # --- samples
 

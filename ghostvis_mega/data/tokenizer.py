@@ -86,7 +86,11 @@ class Tokenizer(ABC):
         else:
             self.specials = dict(info.specials)
             self.vocab_size = info.vocab_size
-            self._appended = {i: name for name, i in info.specials.items() if i >= base_size}
+            self._appended = {
+                token: pieces[name][0] if name in pieces else name
+                for name, token in info.specials.items()
+                if token >= base_size
+            }
         self._reserved = frozenset([*control, *self.specials.values()])
 
     def _special(self, candidates: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ CASES = [
     ("vlm_tiny_easyvqa.yaml", [], 2, "cpu"),
     ("vlm_tiny_easyvqa.yaml", ["parallel.tensor=2", "parallel.pipeline=2"], 4, "cpu"),
     ("vlm_tiny_blend.yaml", [], 1, "cpu"),
+    ("vlm_smollm2_easyvqa.yaml", [], 1, "cpu"),
     ("vlm_1_5b_easyvqa.yaml", [], 1, "cuda"),
     ("vlm_1_5b_easyvqa.yaml", ["parallel.tensor=2"], 4, "cuda"),
     ("vlm_1_5b_easyvqa.yaml", ["parallel.pipeline=2"], 4, "cuda"),

@@ -20,7 +20,10 @@ from ghostvis_mega.convert.hf_tokenizer import (
     to_tokenizer_json,
 )
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
+from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.data.encode import Row
 from ghostvis_mega.data.images import load_image
+from ghostvis_mega.data.ingest import Source, ingest
 from ghostvis_mega.data.styles import STYLES
 from ghostvis_mega.data.template import ChatTemplate, ImagePart, Turn, load_tokenizer
 from ghostvis_mega.data.tokenizer import train_tokenizer
@@ -172,3 +175,19 @@ def test_tokenizer_files_of_a_directory_are_copied(tmp_path: Path):
     shutil.rmtree(source)
     with pytest.raises(CheckpointError, match="config.json cannot be read"):
         export_hf(native, tmp_path / "new", ExportOptions(assets=Assets(folder=source)))
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_specials_that_a_vocabulary_lacks_keep_their_names_in_a_dataset(
+    tmp_path: Path, template: str
+):
+    """The word `image` is in the vocabulary, so a special of that name would be the word."""
+    made = load_tokenizer(smollm2_json(tmp_path), template=template)
+    turns = (Turn("user", ("What?",)), Turn("assistant", ("A cat.",)))
+    path = tmp_path / "own.gvd"
+    ingest([Source("own", [Row("0", turns)])], tokenizer=made, path=path, template=template)
+    found = Dataset.open(path).tokenizer
+    assert found.specials == made.specials and made.specials["image"] >= 49_152
+    for token in found.specials.values():
+        assert found.piece(token) == made.piece(token)
+    to_tokenizer_json(found)

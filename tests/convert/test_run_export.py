@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ghostvis_mega.cli.main import app
+from ghostvis_mega.eval.stock_answers import answer_both
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.demo_answers import both
 from tests.launch import ROOT
 
@@ -87,6 +90,38 @@ def test_the_command_writes_the_same_files(run: Path, easy_vqa: Path, tmp_path: 
     assert rows == [
         {"name": "different tensors", "value": 0, "unit": "of 67", "bar": None, "ok": None}
     ]
+
+
+def test_the_command_asks_both(run: Path, easy_vqa: Path):
+    checkpoint, export = run / "checkpoints/step-00000003", run / "hf/step-00000003"
+    asking = [
+        "convert",
+        "verify",
+        "--answers",
+        "8",
+        "--data",
+        str(easy_vqa / "train.gvd"),
+        "--json",
+    ]
+    result = CliRunner().invoke(app, [*asking, str(checkpoint), str(export)])
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert rows["answers that transformers gives as well, token for token"]["value"] == 8
+    assert rows["greatest difference of a log-probability"]["value"] < 1e-4
+    # Weights of another step do not pass for these.
+    result = CliRunner().invoke(app, [*asking, str(checkpoint), str(run / "hf/step-00000002")])
+    assert result.exit_code == 1
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert rows["greatest difference of a log-probability"]["value"] > 1e-3
+
+
+def test_code_that_is_not_ours_is_not_run(run: Path, easy_vqa: Path, tmp_path: Path):
+    export = tmp_path / "export"
+    shutil.copytree(run / "hf/step-00000003", export)
+    with (export / "modeling_ghostvis.py").open("a") as file:
+        file.write("raise SystemExit('run')\n")
+    with pytest.raises(CheckpointError, match="is not the code that this version writes"):
+        answer_both(run / "checkpoints/step-00000003", export, easy_vqa / "test.gvd", count=1)
 
 
 def test_transformers_answers_as_we_do(run: Path, easy_vqa: Path, groups: Groups):
