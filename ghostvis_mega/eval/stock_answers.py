@@ -1,21 +1,23 @@
 """Questions about pictures that a checkpoint answers here and its export in transformers."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ghostvis_mega.convert.assets import Assets
 from ghostvis_mega.convert.divergence import load_model
 from ghostvis_mega.convert.hf_config import GHOSTVIS_TYPE
 from ghostvis_mega.convert.remote import code_files
 from ghostvis_mega.convert.remote.configuration_ghostvis import GhostVisConfig
 from ghostvis_mega.data.dataset import Dataset
-from ghostvis_mega.generate.engine import Completion, Request
-from ghostvis_mega.generate.load import load_engine
+from ghostvis_mega.generate.engine import Completion, Engine, Request
+from ghostvis_mega.generate.load import load_model as load_weights
 from ghostvis_mega.generate.sampling import Sampling
+from ghostvis_mega.generate.text import ModelText, open_text
 from ghostvis_mega.utils.errors import CheckpointError
 
 LARGEST_ERROR = 1e-4
@@ -66,8 +68,9 @@ def answer_both(
     asked = list(_questions(dataset, count, max_tokens))
     if not asked:
         raise CheckpointError(f"{data} holds no question about a picture")
-    ours = _ours(checkpoint, dataset, asked)
-    theirs = _Stock(export, stop=dataset.tokenizer.specials["im_end"])
+    text = open_text(checkpoint, Assets(data=data))
+    ours = _ours(checkpoint, text, asked)
+    theirs = _Stock(export, stops=text.stop_tokens)
     found = []
     for item, completion in zip(asked, ours, strict=True):
         tokens, error = theirs.answer(item, completion)
@@ -113,37 +116,21 @@ def _questions(dataset: Dataset, count: int, max_tokens: int) -> Iterator[_Asked
         yield _Asked(request, question, reference)
 
 
-@dataclass(frozen=True)
-class _EndToken:
-    """All that an engine needs to know of a tokenizer here."""
-
-    stop_tokens: frozenset[int]
-
-    def decode(self, tokens: object) -> str:
-        return ""
-
-
-def _ours(checkpoint: Path, dataset: Dataset, asked: list[_Asked]) -> list[Completion]:
-    specials = dataset.tokenizer.specials
-    engine = load_engine(
-        checkpoint,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        codec=_EndToken(frozenset([specials["im_end"]])),
-        image_token=specials["image"],
-    )
+def _ours(checkpoint: Path, text: ModelText, asked: list[_Asked]) -> list[Completion]:
+    loaded = load_weights(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    engine = Engine(loaded, codec=text, image_token=text.image_token)
     return [answers[0] for answers in engine.generate([item.request for item in asked])]
 
 
 class _Stock:
     """transformers' model and processor of an export."""
 
-    def __init__(self, export: Path, *, stop: int):
+    def __init__(self, export: Path, *, stops: Collection[int]):
         from transformers import AutoConfig, LlavaProcessor
 
         # So that nothing asks whether to run the directory's own code.
         AutoConfig.register(GHOSTVIS_TYPE, GhostVisConfig, exist_ok=True)
-        self.model, self.stop = load_model(export), stop
+        self.model, self.stops = load_model(export), sorted(stops)
         self.processor = LlavaProcessor.from_pretrained(export)
 
     @torch.no_grad()
@@ -161,7 +148,7 @@ class _Stock:
             **inputs,
             max_new_tokens=item.request.sampling.max_tokens,
             do_sample=False,
-            eos_token_id=self.stop,
+            eos_token_id=self.stops,
         )
         answer = torch.tensor([ours.tokens])
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
