@@ -18,6 +18,7 @@ from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.train.signals import EXIT_REQUEUE, StopRequest
 from ghostvis_mega.utils.errors import ConfigError, GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
+from ghostvis_mega.utils.secrets import hide
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,10 +48,10 @@ def main() -> int:
     except ConfigError as error:
         # All ranks find the same problems; one report is enough.
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+            print(hide(str(error)), file=sys.stderr)
         return 2
     except GhostVisError as error:
-        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        print(f"rank {os.environ.get('RANK', '0')}: {hide(str(error))}", file=sys.stderr)
         return 1
     return EXIT_REQUEUE if stop.agreed else 0
 

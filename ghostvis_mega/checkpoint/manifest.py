@@ -16,10 +16,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ghostvis_mega.utils.errors import CheckpointError
-from ghostvis_mega.utils.files import atomic_write, canonical_json, document_digest, sha256_file
+from ghostvis_mega.utils.files import (
+    atomic_write,
+    canonical_json,
+    document_digest,
+    read_small,
+    sha256_file,
+)
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = "gvc/1"
+LARGEST_MANIFEST = 256 << 20
+"""Bytes; it grows with parameters times ranks."""
 _FILE_NAME = re.compile(r"(llm|vision|optimizer|random)-[0-9]{5,}\.safetensors")
 
 Kind = Literal["weights", "optimizer", "random"]
@@ -120,9 +128,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{directory} holds no {MANIFEST_FILE}, so it is not a complete checkpoint{hint}"
         )
-    raw = file.read_bytes()
     try:
+        raw = read_small(file, limit=LARGEST_MANIFEST)
         document = json.loads(raw)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also UnicodeDecodeError
         raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
     if problem := _schema_problem(document, file):

@@ -16,6 +16,7 @@ from ghostvis_mega.config.sizes import parameter_counts
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.secrets import hide
 
 
 class DeviceName(StrEnum):
@@ -53,9 +54,10 @@ def check(
         run = load_checked(config, overrides or [], world_size=world_size, device=device.value)
     except ConfigError as error:
         if as_json:
-            typer.echo(json.dumps({"ok": False, "problems": error.problems}, indent=2))
+            problems = [hide(problem) for problem in error.problems]
+            typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
         else:
-            typer.echo(str(error), err=True)
+            typer.echo(hide(str(error)), err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None
     plan = _plan(run, world_size=world_size)
     if as_json:
@@ -103,6 +105,7 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
         },
         "precision": run.train.precision,
         "steps": run.train.steps,
+        "output": str(run.log.output),
         "notes": rules.find_notes(run, world_size=world_size, stages=stages),
     }
 

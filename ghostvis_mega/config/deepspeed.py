@@ -16,6 +16,7 @@ from typing import Any
 from ghostvis_mega.config.deepspeed_rules import Engine, FileCheck, Settings
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.files import read_small
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _read(path: Path, *, field: str) -> tuple[Settings, list[str]]:
 
     try:
         given = json.loads(
-            path.read_text(encoding="utf-8"),
+            read_small(path).decode("utf-8"),
             object_pairs_hook=collect,
             parse_constant=refuse_constant,
         )
@@ -135,6 +136,10 @@ def _read(path: Path, *, field: str) -> tuple[Settings, list[str]]:
         return {}, [f"{path} is nested too deeply. A DeepSpeed file has two or three levels."]
     except UnicodeDecodeError:
         return {}, [f"{path} is not UTF-8 text. Save it as UTF-8 JSON."]
+    except ValueError as error:  # a number of thousands of digits
+        return {}, [f"{path} is not valid JSON: {error}."]
+    except OSError as error:
+        return {}, [f"{path} cannot be read: {error.strerror}. Check the file."]
     if not isinstance(given, dict):
         return {}, [f"{path} holds a {type(given).__name__}. A DeepSpeed file is one JSON object."]
     return given, found

@@ -17,6 +17,7 @@ from ghostvis_mega.config.presets import MODEL_PRESETS
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.config.source import apply_overrides, expand_presets, read_file
 from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.secrets import find_secrets, hide
 
 Settings = dict[str, Any]
 
@@ -41,6 +42,7 @@ def read_run_config(path: str | Path, overrides: Iterable[str] = ()) -> Loaded:
     if problems and not settings:
         return Loaded(None, problems)
     problems += apply_overrides(settings, list(overrides))
+    problems += _secret_problems(settings)
     settings, more = expand_presets(_without_empty_sections(settings))
     problems += more
     try:
@@ -73,6 +75,25 @@ def load_run_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfi
     if loaded.problems or loaded.config is None:
         raise ConfigError(loaded.problems)
     return loaded.config
+
+
+def _secret_problems(settings: Settings, place: str = "") -> list[str]:
+    """Settings that hold a secret of the environment: logs, reports and checkpoints show them."""
+    problems = []
+    secrets = find_secrets()
+    for key, value in settings.items():
+        name = f"{place}{key}"
+        if isinstance(value, dict):
+            problems += _secret_problems(value, f"{name}.")
+            continue
+        shown = f"{key} {value}"
+        problems += [
+            f"{hide(name)} holds the value of ${secret.name}, which is a secret. Remove it: "
+            "settings are written to logs and checkpoints; secrets are read from the environment."
+            for secret in secrets
+            if secret.value in shown
+        ]
+    return problems
 
 
 def _without_empty_sections(settings: Settings) -> Settings:

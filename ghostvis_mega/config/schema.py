@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+"""A number that a file from elsewhere may claim and that loops run over."""
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -40,7 +42,7 @@ class Section(BaseModel):
 class LLMConfig(Section):
     """Decoder-only transformer: RMSNorm, rotary positions, grouped queries, no bias but QKV's."""
 
-    num_layers: Positive
+    num_layers: Layers
     hidden_size: Positive
     num_heads: Positive
     num_kv_heads: Positive
@@ -71,7 +73,7 @@ class VisionConfig(Section):
     """SigLIP or CLIP vision tower, as transformers builds it."""
 
     kind: Literal["siglip", "clip"]
-    num_layers: Positive
+    num_layers: Layers
     hidden_size: Positive
     num_heads: Positive
     ffn_hidden_size: Positive

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ghostvis_mega.config.presets import MODEL_PRESETS, TOWER_PRESETS
+from ghostvis_mega.utils.files import read_small
 
 Settings = dict[str, Any]
 
@@ -95,11 +96,11 @@ def read_file(path: Path) -> tuple[Settings, list[str]]:
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         return {}, [f"{path} does not exist (working directory: {Path.cwd()}).{hint}"]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path).decode("utf-8")
     except UnicodeDecodeError:
         return {}, [f"{path} is not UTF-8 text. Save it as UTF-8 YAML."]
     except OSError as error:
-        return {}, [f"{path} cannot be read: {error.strerror}. Check its permissions."]
+        return {}, [f"{path} cannot be read: {error.strerror}. Check the file and its permissions."]
     try:
         value, repeated = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:

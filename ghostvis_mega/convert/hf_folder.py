@@ -9,6 +9,7 @@ from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.tensor_file import TensorFile, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.files import read_small
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing or is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small(path).decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also of UTF-8

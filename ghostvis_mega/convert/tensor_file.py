@@ -16,6 +16,7 @@ import torch
 
 from ghostvis_mega.convert.direct_file import DirectFile, Piece, Span, loaded
 from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.files import open_regular
 
 CHUNK_BYTES = 16 << 20
 _LARGEST_HEADER = 100_000_000
@@ -71,7 +72,7 @@ class TensorFile:
         self.others: set[str] = set()
         """Tensors of types that no weight has, such as buffers of integers."""
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = open_regular(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         try:

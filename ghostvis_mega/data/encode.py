@@ -23,6 +23,7 @@ from ghostvis_mega.data.pixels import ImageError, ImageInfo, probe
 from ghostvis_mega.data.template import ChatTemplate, Encoded, RowError, Turn
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import read_small
 
 MAX_IMAGE_BYTES = 256 * 1024 * 1024
 _BLOCKS_AHEAD = 3
@@ -109,7 +110,7 @@ def read_picture(path: Path) -> Picture | Refusal:
     try:
         if path.stat().st_size > MAX_IMAGE_BYTES:
             return Refusal("too_large", f"{path.name}: more than {MAX_IMAGE_BYTES} bytes")
-        data = path.read_bytes()
+        data = read_small(path, limit=MAX_IMAGE_BYTES)
         return data, probe(data)
     except OSError as error:
         return Refusal("missing_image", f"{path.name}: {error.strerror}")

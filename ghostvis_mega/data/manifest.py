@@ -12,7 +12,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import atomic_write, canonical_json, document_digest, sha256_file
+from ghostvis_mega.utils.files import (
+    atomic_write,
+    canonical_json,
+    document_digest,
+    read_small,
+    sha256_file,
+)
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = "gvd/1"
@@ -130,10 +136,12 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} holds no {MANIFEST_FILE}, so it is not a prepared dataset "
             "(or its ingest was stopped); run `python -m tools.preprocess ingest` again"
         )
-    raw = file.read_bytes()
     try:
+        raw = read_small(file)
         document = json.loads(raw)
-    except ValueError as error:  # also UnicodeDecodeError
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also UnicodeDecodeError
         raise DataError(
             f"{file} is not valid JSON ({error}): the file is damaged, ingest the data again"
         ) from error

@@ -33,7 +33,7 @@ from ghostvis_mega.data.plan import Algorithm, PlanParams, TooLong
 from ghostvis_mega.data.readers.registry import SourceSpec, check_settings
 from ghostvis_mega.data.template import TEMPLATE_NAME, find_style
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import canonical_json
+from ghostvis_mega.utils.files import canonical_json, read_small
 
 
 class _Part(BaseModel):
@@ -212,10 +212,10 @@ def load_recipe(path: Path) -> Recipe:
         DataError: with every wrong field.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_small(path).decode("utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also of UTF-8
         raise DataError(f"{path} is not valid YAML: {error}") from error
     try:
         recipe = Recipe.model_validate(document)

@@ -4,10 +4,12 @@ A rename within one file system is atomic on POSIX, but only data that reached t
 survives a power cut, and the rename itself lives in the directory; hence the two fsyncs.
 """
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 from ghostvis_mega.utils.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes of a YAML or JSON file that is read whole; far above any real one."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -46,6 +50,35 @@ def atomic_write(path: Path, data: bytes) -> None:
         if not done:
             temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a file that somebody else may have made.
+
+    A pipe would wait for ever and a device has no end.
+
+    Raises:
+        OSError: the file cannot be opened, or is no regular one.
+    """
+    # Without O_NONBLOCK the call itself waits for somebody who writes into a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_small(path: Path, *, limit: int = LARGEST_DOCUMENT) -> bytes:
+    """The content of a file of settings or a manifest.
+
+    Raises:
+        OSError: the file cannot be read, is no regular one, or is larger than `limit` bytes.
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return data
 
 
 def prepare_output(path: Path) -> None:

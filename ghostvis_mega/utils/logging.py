@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TextIO
 
+from ghostvis_mega.utils.secrets import find_secrets, hide
+
 LIBRARY = "ghostvis_mega"
 
 CHATTER = (
@@ -25,10 +27,14 @@ CHATTER = (
 
 
 class RankFormatter(logging.Formatter):
-    """`12:34:56 [rank] message`; anything above INFO also carries its level and its origin."""
+    """`12:34:56 [rank] message`; anything above INFO also carries its level and its origin.
+
+    Values of secrets are hidden, also in tracebacks.
+    """
 
     def __init__(self, *, rank: int):
         super().__init__(datefmt="%H:%M:%S")
+        self._secrets = find_secrets()
         head = f"%(asctime)s [{rank}] "
         self._plain = logging.Formatter(head + "%(message)s", datefmt=self.datefmt)
         self._marked = logging.Formatter(
@@ -38,7 +44,7 @@ class RankFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
         ordinary = record.levelno <= logging.INFO
-        return (self._plain if ordinary else self._marked).format(record)
+        return hide((self._plain if ordinary else self._marked).format(record), self._secrets)
 
 
 class RankHandler(logging.StreamHandler):

@@ -12,6 +12,9 @@ from ghostvis_mega.utils.errors import DataError, MissingDependencyError
 
 _CHUNK_CHARS = 1 << 20
 _BATCH_ROWS = 1024
+_FREE_TO_UNFOLD = 64 << 20
+_MOST_UNFOLDING = 1000
+"""Times that a parquet column may grow beyond `_FREE_TO_UNFOLD` bytes."""
 
 
 def parse(data: bytes | str) -> tuple[Any, str]:
@@ -154,6 +157,7 @@ def parquet_rows(
             present = file.schema_arrow.names
             if missing := [name for name in columns if name not in present]:
                 raise DataError(f"{path} has no column {missing[0]!r}, only {', '.join(present)}")
+            _check_unfolding(path, file.metadata)
             meter = meter or Meter()
             meter.expect(file.metadata.num_rows)
             wanted = [name for name in (*columns, *optional) if name in present]
@@ -162,6 +166,19 @@ def parquet_rows(
                 meter.add(batch.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a readable parquet file ({error})") from error
+
+
+def _check_unfolding(path: Path, metadata: Any) -> None:
+    """DataError if a column unfolds as no text or picture does: a batch of it would fill memory."""
+    for group in range(metadata.num_row_groups):
+        for place in range(metadata.num_columns):
+            column = metadata.row_group(group).column(place)
+            size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
+            if size > max(_FREE_TO_UNFOLD, _MOST_UNFOLDING * packed):
+                raise DataError(
+                    f"{path}: column {column.path_in_schema!r} unfolds from {packed} to {size} "
+                    f"bytes; more than {_MOST_UNFOLDING} times is a trap, not data"
+                )
 
 
 def check_folder(folder: Path | None) -> None:

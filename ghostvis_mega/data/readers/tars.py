@@ -12,6 +12,7 @@ from typing import BinaryIO
 from ghostvis_mega.data.encode import MAX_IMAGE_BYTES
 from ghostvis_mega.data.readers.meter import Meter
 from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import open_regular
 
 _BLOCK = 512
 _MAX_NAME_BYTES = 64 * 1024
@@ -110,7 +111,7 @@ def walk_tar(path: Path, meter: Meter | None = None) -> Iterator[TarMember | Bad
     """
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file, (meter or Meter()).reading(file, size):
+        with open(open_regular(path), "rb") as file, (meter or Meter()).reading(file, size):
             yield from _walk(file, size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error

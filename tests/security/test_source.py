@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("ghostvis_mega", "tools", "examples")
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("ghostvis_mega", "tools", "examples", "tests")
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
 UNSAFE_CALLS = {
     "eval": "runs text as code",
@@ -21,6 +21,12 @@ UNSAFE_CALLS = {
 }
 UNSAFE_METHODS = {"extractall": "writes where the archive says", "extract": "as extractall"}
 UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
+OWN_CODE = {
+    "tests/convert/demo_answers.py",
+    "tests/convert/test_stock_programs.py",
+    "tests/generate/test_engine.py",
+}
+"""Tests in which stock transformers loads an export of ours with the code that we wrote into it."""
 
 
 def dotted(node: ast.AST) -> str:
@@ -29,7 +35,7 @@ def dotted(node: ast.AST) -> str:
         return node.id
     if isinstance(node, ast.Attribute):
         head = dotted(node.value)
-        return f"{head}.{node.attr}" if head else node.attr
+        return f"{head or '?'}.{node.attr}"  # of a call or an item: `load(path).eval`
     return ""
 
 
@@ -77,7 +83,8 @@ def findings(text: str) -> list[str]:
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    return sorted([*found, ROOT / "setup.py"])
 
 
 def test_there_is_something_to_look_at():
@@ -86,7 +93,11 @@ def test_there_is_something_to_look_at():
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_source_is_safe(path: Path):
-    assert findings(path.read_text(encoding="utf-8")) == []
+    found = findings(path.read_text(encoding="utf-8"))
+    if path.relative_to(ROOT).as_posix() in OWN_CODE:
+        assert any("trust_remote_code" in text for text in found), "no exception needed"
+        found = [text for text in found if "trust_remote_code" not in text]
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,8 @@ def test_source_is_safe(path: Path):
         "from torch import load",
         "numpy.load(path, allow_pickle=True)",
         "os.system(line)",
+        "open_archive(path).extractall(folder)",
+        "torch.load(path, **options)",
     ],
 )
 def test_each_unsafe_construct_is_noticed(text: str):
@@ -119,6 +132,7 @@ def test_each_unsafe_construct_is_noticed(text: str):
     "text",
     [
         "model.eval()",
+        "load(path).eval()",
         "import re\nre.compile('a')",
         "import yaml\nyaml.safe_load(text)",
         "torch.load(path, weights_only=True)",
