@@ -42,7 +42,7 @@ from ghostvis_mega.train.slow_ranks import SlowRanks
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.determinism import determinism, make_deterministic
 from ghostvis_mega.utils.environment import package_versions
-from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.errors import CheckpointError, ConfigError
 from ghostvis_mega.utils.files import atomic_write_json
 from ghostvis_mega.utils.hardware import cpu_name, device_peak
 from ghostvis_mega.utils.processes import process_started
@@ -165,6 +165,10 @@ class Training:
                 exporter.save(engine, step=steps)
 
         def go_back() -> int | None:
+            try:
+                store.wait()
+            except CheckpointError as error:
+                log.warning("%s. Going back to the checkpoint before it", error)
             state = store.resume("auto", engine)
             if state is None:
                 return None

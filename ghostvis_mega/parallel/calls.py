@@ -3,9 +3,11 @@ step.
 
 While a `CallWatch` is open the methods of torch's `ProcessGroup` and `Work` are wrapped, as
 `parallel.trace` does it, but little is noted: how many calls each group has had and the latest one.
-That is what tells, when ranks hang, who has not come to a call that others wait in.
+That is what tells, when ranks hang, who has not come to a call that others wait in. Calls of
+background threads are left out.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -98,6 +100,8 @@ class CallWatch:
 
     def _call(self, name: str, original: Callable) -> Callable:
         def call(group: ProcessGroup, *args: Any, **keywords: Any) -> Any:
+            if _in_background():
+                return original(group, *args, **keywords)
             self._note(name, group, args)
             self._returned = False
             with self.waiting() if self.waiting is not None else nullcontext():
@@ -110,6 +114,8 @@ class CallWatch:
 
     def _wait(self, name: str, original: Callable) -> Callable:
         def wait(work: Work, *args: Any, **keywords: Any) -> Any:
+            if _in_background():
+                return original(work, *args, **keywords)
             self._returned = False
             with self.waiting() if self.waiting is not None else nullcontext():
                 result = original(work, *args, **keywords)
@@ -130,6 +136,15 @@ class CallWatch:
         if name not in POINT_TO_POINT:
             number = calls["calls"] = calls["calls"] + 1
         self._last = (name, _amount(args), key, number, time.monotonic(), caller())
+
+
+def _in_background() -> bool:
+    """Whether a thread of ours calls that does not train, such as the one that writes checkpoints.
+
+    Backward passes on a GPU call from threads that Python has not started and knows as dummies.
+    """
+    thread = threading.current_thread()
+    return thread is not threading.main_thread() and not thread.name.startswith("Dummy-")
 
 
 def _amount(args: tuple[Any, ...]) -> str:

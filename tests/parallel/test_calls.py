@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ def test_calls_are_counted_by_group_and_the_last_is_known(world: dist.ProcessGro
         assert (last["what"], last["group"]) == ("allreduce of 4 float32", "other")
         assert (last["number"], last["returned"]) == (2, True)
         assert last["place"].startswith("test_calls.py:")
+        with ThreadPoolExecutor(1) as background:
+            background.submit(dist.all_reduce, torch.zeros(9), group=other).result()
     dist.all_reduce(torch.zeros(7), group=other)
     assert watch.last is not None and watch.last["number"] == 2
     assert before == (dict(ProcessGroup.__dict__), Work.__dict__["wait"])
