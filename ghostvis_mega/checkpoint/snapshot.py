@@ -3,7 +3,9 @@
 A `Snapshot` is all of it in host memory, so that training goes on while it is written.
 """
 
+import logging
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,8 @@ from ghostvis_mega.model.shards import partition_dim
 from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.files import canonical_json
+
+log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 100
 """A digest in the manifest, with its key."""
@@ -117,7 +121,8 @@ class HostBuffers:
     """Host memory for snapshots, kept from one to the next; pinned where there is CUDA.
 
     Pinned memory is registered by hand: PyTorch's own allocator would round it up to a power of
-    two.
+    two. The driver must forget it before the memory is used for anything else, so that happens
+    with the tensor's end, however that comes.
     """
 
     def __init__(self, *, pinned: bool):
@@ -128,30 +133,33 @@ class HostBuffers:
         """A buffer of this size; its content is that of the last one of this name, or anything."""
         kept = self._kept.get(name)
         if kept is None or kept.numel() < num_bytes:
-            self._drop(name)
+            self._kept.pop(name, None)
+            del kept
             kept = torch.empty(-(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES, dtype=torch.uint8)
             if self.pinned:
-                _check_cuda(torch.cuda.cudart().cudaHostRegister(kept.data_ptr(), kept.numel(), 0))
+                _pin(kept)
+                weakref.finalize(kept, _unpin, kept.data_ptr()).atexit = False
             self._kept[name] = kept
         return kept[:num_bytes]
 
     def close(self) -> None:
         """Give all memory back."""
-        for name in list(self._kept):
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        kept = self._kept.pop(name, None)
-        if kept is not None and self.pinned:
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(kept.data_ptr()))
+        self._kept.clear()
 
 
-def _check_cuda(code: Any) -> None:
+def _pin(memory: torch.Tensor) -> None:
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(code) != 0:
         raise CheckpointError(
             f"host memory for the snapshot cannot be pinned (CUDA error {int(code)}): "
             "`ulimit -l` must allow it, and the host must have room for this rank's state"
         )
+
+
+def _unpin(address: int) -> None:
+    code = torch.cuda.cudart().cudaHostUnregister(address)
+    if int(code) != 0:
+        log.warning("pinned host memory could not be released (CUDA error %d)", int(code))
 
 
 def take_snapshot(engine: TrainEngine, buffers: HostBuffers, *, step: int) -> Snapshot:

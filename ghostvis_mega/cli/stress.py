@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,8 +89,13 @@ def _be_a_rank(job: Any, *, device: str) -> None:
     import torch
 
     from ghostvis_mega.checkpoint.store import CheckpointStore
+    from ghostvis_mega.engine.step import TrainEngine
     from ghostvis_mega.perf.stress import rows_of, settings_of, stress
     from ghostvis_mega.session import local_device, open_world
+
+    def save(engine: TrainEngine, folder: Path, done: int) -> None:
+        with closing(CheckpointStore(folder, keep=1)) as store:
+            store.save(engine, step=done, extra={})
 
     torch.set_num_threads(1)
     first = settings_of(job.layouts[0], job, steps=1, cuda=device == "cuda")
@@ -98,9 +104,7 @@ def _be_a_rank(job: Any, *, device: str) -> None:
             job,
             device=world.device,
             watchdog=world.watchdog,
-            save=lambda engine, path, done: CheckpointStore(path, keep=1).save(
-                engine, step=done, extra={}
-            ),
+            save=save,
         )
         if world.groups.rank == 0:
             rows = rows_of(outcomes, steps=job.steps)

@@ -233,3 +233,38 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_and_retention_does_not_cou
     (folder.directory(5) / "llm-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="none is complete and sound"):
         checkpoints.resume("auto", FakeEngine())
+
+
+class FakeDriver:
+    """Keeps the list of pinned ranges, as CUDA does."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0 if self.pinned.pop(address, None) else 1
+
+
+@pytest.mark.parametrize("end", ["close", "grow", "forget"])
+def test_pinned_memory_is_released_before_it_is_used_again(
+    monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    buffers = HostBuffers(pinned=True)
+    first = buffers.get("a", 10).data_ptr()
+    assert list(driver.pinned) == [first]
+    assert buffers.get("a", 20).data_ptr() == first, "the same memory for the next snapshot"
+    if end == "close":
+        buffers.close()
+    elif end == "grow":
+        second = buffers.get("a", 9 << 20).data_ptr()
+        assert list(driver.pinned) == [second]
+        return
+    else:
+        del buffers  # a store that nobody closed
+    assert not driver.pinned
