@@ -20,6 +20,9 @@ from ghostvis_mega.generate.ranks import Alone, Ranks
 from ghostvis_mega.model.shards import shard
 from ghostvis_mega.utils.errors import CheckpointError
 
+Read = Callable[[str], torch.Tensor]
+"""A parameter, whole, on the CPU, by our name for it."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -71,7 +74,7 @@ class Decoder:
     def __init__(
         self,
         llm: LLMConfig,
-        read: Callable[[str], torch.Tensor],
+        read: Read,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -89,39 +92,41 @@ class Decoder:
                 )
         self.num_groups = llm.num_kv_heads // self.ranks.size
         self.queries = llm.num_heads // llm.num_kv_heads
-        self._read = read
-        self.embedding_VH = self._vocabulary("embedding.weight")
-        self.head_VH = self.embedding_VH if llm.tied_embeddings else self._vocabulary("head.weight")
-        self.layers = [self._layer(index) for index in range(llm.num_layers)]
-        self.final_norm_H = self._weight("decoder.final_layernorm.weight")
+        self.embedding_VH = self._vocabulary(read("embedding.weight"))
+        self.head_VH = (
+            self.embedding_VH if llm.tied_embeddings else self._vocabulary(read("head.weight"))
+        )
+        self.layers = [self._layer(read, index) for index in range(llm.num_layers)]
+        self.final_norm_H = self._weight(read, "decoder.final_layernorm.weight")
         half = torch.arange(0, llm.head_dim, 2, dtype=torch.float32)
         self._frequencies = (1.0 / llm.rope_base ** (half / llm.head_dim)).to(device)
         self.rotary_TD = torch.empty(0, llm.head_dim, device=device)
 
-    def _weight(self, name: str) -> torch.Tensor:
+    def _weight(self, read: Read, name: str) -> torch.Tensor:
         gated = self.llm.activation == "swiglu"
-        own = shard(self._read(name), name, size=self.ranks.size, rank=self.ranks.rank, gated=gated)
+        own = shard(read(name), name, size=self.ranks.size, rank=self.ranks.rank, gated=gated)
         return own.to(device=self.device, dtype=self.dtype).contiguous()
 
-    def _vocabulary(self, name: str) -> torch.Tensor:
+    def _vocabulary(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's rows; zeros fill up a vocabulary that the ranks do not divide."""
-        full = self._read(name)
         each = -(-full.shape[0] // self.ranks.size)
         own = full[each * self.ranks.rank :][:each]
         own = F.pad(own, (0, 0, 0, each - own.shape[0]))
         return own.to(device=self.device, dtype=self.dtype).contiguous()
 
-    def _layer(self, index: int) -> Layer:
+    def _layer(self, read: Read, index: int) -> Layer:
         name = f"decoder.layers.{index}."
         biased = self.llm.qkv_bias
         return Layer(
-            attention_norm_H=self._weight(f"{name}input_layernorm.weight"),
-            qkv_weight=self._weight(f"{name}self_attention.linear_qkv.weight"),
-            qkv_bias=self._weight(f"{name}self_attention.linear_qkv.bias") if biased else None,
-            out_weight=self._weight(f"{name}self_attention.linear_proj.weight"),
-            mlp_norm_H=self._weight(f"{name}pre_mlp_layernorm.weight"),
-            up_weight=self._weight(f"{name}mlp.linear_fc1.weight"),
-            down_weight=self._weight(f"{name}mlp.linear_fc2.weight"),
+            attention_norm_H=self._weight(read, f"{name}input_layernorm.weight"),
+            qkv_weight=self._weight(read, f"{name}self_attention.linear_qkv.weight"),
+            qkv_bias=self._weight(read, f"{name}self_attention.linear_qkv.bias")
+            if biased
+            else None,
+            out_weight=self._weight(read, f"{name}self_attention.linear_proj.weight"),
+            mlp_norm_H=self._weight(read, f"{name}pre_mlp_layernorm.weight"),
+            up_weight=self._weight(read, f"{name}mlp.linear_fc1.weight"),
+            down_weight=self._weight(read, f"{name}mlp.linear_fc2.weight"),
         )
 
     @property

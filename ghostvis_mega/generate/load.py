@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 
 from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.convert.assets import image_processor
+from ghostvis_mega.convert.hf_folder import read_json
+from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.engine import LoadedModel
 from ghostvis_mega.generate.kernels import Kernels, TorchKernels
@@ -54,6 +57,8 @@ def load_model(
             ranks=ranks,
             kernels=kernels or default_kernels(source.model, device),
         )
+        if note := preparation_note(source):
+            log.warning(note)
         pictures = None
         if source.model.vision is not None:
             encoder = _encoder(source, device=device, dtype=dtype)
@@ -71,6 +76,22 @@ def default_kernels(model: ModelConfig, device: torch.device) -> Kernels:
     from ghostvis_mega.generate.triton_kernels import TritonKernels
 
     return TritonKernels()
+
+
+def preparation_note(source: ModelSource) -> str | None:
+    """A sentence where a directory's own settings prepare pictures otherwise than we do."""
+    file = source.path / "preprocessor_config.json"
+    if source.model.vision is None or not file.is_file():
+        return None
+    own, ours = read_json(file), image_processor(Parts.of(source.model))
+    compared = ("do_center_crop", "do_pad", "do_normalize", "image_mean", "image_std", "resample")
+    other = [key for key in compared if key in own and own[key] != ours.get(key, False)]
+    if not other:
+        return None
+    return (
+        f"{file} asks for {', '.join(f'{key}={own[key]}' for key in other)}; here a picture is "
+        "resized to a square whole, as in our training, so answers may differ from other programs'"
+    )
 
 
 def _encoder(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> VisionEncoder:

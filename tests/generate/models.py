@@ -66,7 +66,7 @@ class Made(dict[str, tuple[Path, Path]]):
         return self[name]
 
 
-def engine_of(path: Path, **options: Any) -> Engine:
-    """The model in fp32 on the CPU."""
-    loaded = load_model(path, device=CPU, dtype=torch.float32)
+def engine_of(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
+    """The model on the CPU."""
+    loaded = load_model(path, device=CPU, dtype=dtype)
     return Engine(loaded, image_token=IMAGE, **options)

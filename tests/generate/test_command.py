@@ -1,7 +1,10 @@
 """`ghostvis generate` as people call it: answers are those of stock transformers; errors come
 first."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.generate.bench import PRESETS, Plan, make_model
+from ghostvis_mega.generate.load import preparation_note
 from ghostvis_mega.generate.text import HuggingFaceText, TextStream, TrainingText, open_text
+from ghostvis_mega.generate.weights import open_model
 from tests.generate.models import png
 
 LENGTH = "6"
@@ -212,6 +217,14 @@ def test_models_that_cannot_answer_are_named(model, data, tmp_path):
     assert code == 2 and "holds neither" in err
 
 
+def test_other_preparation_of_pictures_is_noted(model, tmp_path):
+    with open_model(model[1]) as source:
+        assert preparation_note(source) is None
+        (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": true}')
+        other = dataclasses.replace(source, path=tmp_path)
+        assert "do_center_crop=True" in str(preparation_note(other))
+
+
 def test_a_damaged_file_is_named(model, data, tmp_path):
     export = tmp_path / "export"
     export.mkdir()
@@ -223,6 +236,25 @@ def test_a_damaged_file_is_named(model, data, tmp_path):
     code, _, err = run(export, "--prompt", "x")
     assert code == 2 and "model.safetensors is damaged" in err
     assert run(export, "--prompt", "x", "--no-verify")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_the_command_starts_its_ranks(model, pictures):
+    """Three processes: too many for two busy cores in every `make test`."""
+    answers = []
+    for tensor in ("1", "2"):
+        command = [sys.executable, "-m", "ghostvis_mega", "generate", str(model[1])]
+        options = ["--device", "cpu", "--max-tokens", "4", "--json", "--image", str(pictures[0])]
+        done = subprocess.run(
+            [*command, *options, "--prompt", QUESTION, "--tensor", tensor, "--logprobs"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        answers.append(json.loads(done.stdout)[0]["completions"][0])
+    assert answers[0]["tokens"] == answers[1]["tokens"] and len(answers[0]["tokens"]) == 4
+    assert answers[0]["text"] == answers[1]["text"]
 
 
 def test_a_text_is_shown_once_it_is_sure():

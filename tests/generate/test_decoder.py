@@ -78,6 +78,15 @@ def test_text_models_score_as_in_training(made: Made, groups: Groups, name: str)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+def test_bf16_is_near(made: Made):
+    fp32 = engine_of(made["perceiver-siglip"][1])
+    bf16 = engine_of(made["perceiver-siglip"][1], dtype=torch.bfloat16)
+    wanted, found = cached_scores(fp32, [0, 1, 2]), cached_scores(bf16, [0, 1, 2])
+    assert found.dtype == torch.float32 and not torch.equal(wanted, found)
+    alike = torch.cosine_similarity(wanted.flatten(0, 1), found.flatten(0, 1))
+    assert alike.min() > 0.999
+
+
 def cache_off_by_one(engine: Engine, at_R: torch.Tensor, column: int) -> torch.Tensor:
     """The first token goes one position too far, and leaves one that holds nothing."""
     return at_R + 1

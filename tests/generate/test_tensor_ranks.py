@@ -1,8 +1,6 @@
 """Two ranks that share each layer answer as one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,19 +65,3 @@ def test_ranks_that_do_not_divide_the_heads_are_refused(made: Made):
         pytest.raises(CheckpointError, match="--tensor 3 does not divide model.llm.num_kv_heads"),
     ):
         Decoder(source.model.llm, source.read, device=CPU, dtype=torch.float32, ranks=Three())
-
-
-@pytest.mark.slow
-def test_the_command_starts_its_ranks(made: Made, tmp_path: Path):
-    outs = []
-    for tensor in ("1", "2"):
-        command = [sys.executable, "-m", "ghostvis_mega", "generate", str(made["qwen2-tied"][1])]
-        tokens = ["--device", "cpu", "--max-tokens", "4", "--json", "--raw", "--prompt", "a"]
-        done = subprocess.run(
-            [*command, *tokens, "--tensor", tensor, "--logprobs"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        outs.append((done.returncode, done.stdout))
-    assert outs[0] == outs[1]
