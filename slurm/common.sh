@@ -1,0 +1,157 @@
+# shellcheck shell=bash
+# What the job files share; they source it in the folder that `sbatch` was called from.
+#
+# A training job checks its settings, then its nodes, starts one process a GPU and waits. Exit codes
+# of `examples/pretrain_vlm.py` decide what follows: 0 done; 2 wrong settings, the job ends; 85 asked
+# to stop and saved, the job goes back into the queue; anything else is a death, and the job goes back
+# as long as it gets on (GHOSTVIS_FRUITLESS_STARTS).
+
+EXIT_WRONG=2
+EXIT_SICK_NODE=4
+EXIT_REQUEUE=85
+
+# shellcheck source=slurm/site.sh
+source slurm/site.sh
+if [ -n "$GHOSTVIS_SETUP" ]; then
+    # shellcheck disable=SC1090
+    source "$GHOSTVIS_SETUP"
+fi
+
+say() { echo "[$(date +%T)] job ${SLURM_JOB_ID:-?}: $*"; }
+
+# Every problem of the environment, before anything is started.
+check_environment() {
+    local problems=0 name
+    problem() { echo "error: $*" >&2; problems=1; }
+    for name in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_NTASKS SLURM_NNODES; do
+        [ -n "${!name:-}" ] || problem "$name is not set: start this with sbatch"
+    done
+    for name in scontrol srun; do
+        command -v $name >/dev/null || problem "$name is not on PATH"
+    done
+    [ -d ghostvis_mega ] || problem "$PWD is not the repository: call sbatch there"
+    [ -x "$GHOSTVIS_PYTHON" ] ||
+        problem "no Python at $GHOSTVIS_PYTHON: run 'make env', or set GHOSTVIS_PYTHON"
+    case $GHOSTVIS_DEVICE in cpu | cuda) ;; *)
+        problem "GHOSTVIS_DEVICE=$GHOSTVIS_DEVICE is neither cuda nor cpu" ;;
+    esac
+    return $problems
+}
+
+# Variables that all processes of the job share.
+export_shared() {
+    local name
+    export GHOSTVIS_PYTHON GHOSTVIS_DEVICE GHOSTVIS_MIN_FREE_MIB OMP_NUM_THREADS NCCL_DEBUG
+    export TORCH_FR_BUFFER_SIZE TORCH_NCCL_DUMP_ON_TIMEOUT
+    for name in NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA; do
+        # Empty is not the same as unset for NCCL.
+        if [ -n "${!name}" ]; then export "${name?}"; else unset "$name"; fi
+    done
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+    # srun does not take this from sbatch by itself.
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    if [ "$GHOSTVIS_DEVICE" = cpu ]; then export CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu; fi
+}
+
+# The ranks meet at the address by which Slurm itself reaches the first node.
+export_rendezvous() {
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=$GHOSTVIS_MASTER_PORT
+}
+
+# Check the settings of a training; prints its output folder.
+check_settings() {
+    local answer read='import json, sys; d = json.load(sys.stdin)'
+    if answer=$("$GHOSTVIS_PYTHON" -m ghostvis_mega check "$@" \
+        --world-size "$SLURM_NTASKS" --device "$GHOSTVIS_DEVICE" --json); then
+        "$GHOSTVIS_PYTHON" -c "$read; print(d['output'])" <<<"$answer"
+        return
+    fi
+    if [ -n "$answer" ]; then
+        "$GHOSTVIS_PYTHON" -c "$read; print('error:', *d['problems'], sep='\n  ')" <<<"$answer" >&2
+    fi
+    return $EXIT_WRONG
+}
+
+# The newest complete checkpoint of an output folder; empty if there is none.
+newest_checkpoint() {
+    local found=("$1"/checkpoints/step-*/manifest.json)
+    if [ -e "${found[-1]}" ]; then basename "$(dirname "${found[-1]}")"; fi
+}
+
+# Slurm's warning before the time limit, to the training processes and to nothing that they started:
+# srun would signal all processes of a task, and the first to die would be those that read data.
+forward_usr1() {
+    say "the time limit is near: the ranks are asked to save and to stop"
+    # shellcheck disable=SC2016  # expanded on the node
+    srun --overlap --nodes="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 bash -c '
+        pids=$(scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
+            awk -v own="$SLURM_STEP_ID" "\$3 ~ /^[0-9]+\$/ && \$3 != own && \$4 ~ /^[0-9]+\$/ {print \$1}")
+        kill -USR1 $pids' || say "the ranks could not be signalled"
+}
+
+# Start the ranks and wait for them through any number of signals; returns their exit code.
+run_ranks() {
+    told=''
+    trap 'told=USR1; forward_usr1' USR1
+    # Slurm has signalled the ranks itself: it cancels, preempts or requeues this job.
+    trap 'told=TERM' TERM
+    srun --kill-on-bad-exit=0 --wait="$GHOSTVIS_WAIT_S" slurm/rank.sh "$@" &
+    local srun_pid=$!
+    while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid" || true; done
+    wait "$srun_pid"
+}
+
+requeue() {
+    say "back into the queue: $*"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+
+# Whether a job that died may try again: always after a new checkpoint, else a few times.
+may_try_again() {
+    local output=$1 before=$2 now count=0 file=$1/slurm-fruitless-starts
+    now=$(newest_checkpoint "$output")
+    if [ "$now" = "$before" ]; then
+        if [ -f "$file" ]; then read -r count <"$file"; fi
+        count=$((count + 1))
+    fi
+    mkdir -p "$output" && echo "$count" >"$file"
+    [ "$count" -le "$GHOSTVIS_FRUITLESS_STARTS" ]
+}
+
+# A training, from its settings to its end: train CONFIG [section.key=value ...]
+train() {
+    local output before code
+    trap '' USR1 # until there are ranks to tell, it would only end this script
+    check_environment || exit $EXIT_WRONG
+    export_shared
+    output=$(check_settings "$@") || exit $EXIT_WRONG
+    before=$(newest_checkpoint "$output")
+    say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $SLURM_NTASKS processes," \
+        "${before:-no checkpoint yet}"
+    export_rendezvous
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        slurm/check_node.sh "$output" || exit $EXIT_SICK_NODE
+    code=0
+    run_ranks --config "$@" || code=$?
+    say "the ranks ended with $code${told:+ after $told}, $(newest_checkpoint "$output")"
+    if [ "$told" = TERM ] || [ $code = 0 ] || [ $code = $EXIT_WRONG ]; then exit $code; fi
+    if [ $code = $EXIT_REQUEUE ]; then
+        rm -f "$output/slurm-fruitless-starts"
+        requeue "asked to stop, and saved"
+    elif may_try_again "$output" "$before"; then
+        requeue "processes died"
+    else
+        say "not again: $GHOSTVIS_FRUITLESS_STARTS more starts brought no new checkpoint"
+    fi
+    exit $code
+}
+
+# One program on one node: run PYTHON-ARGUMENTS ...
+run() {
+    check_environment || exit $EXIT_WRONG
+    export_shared
+    exec srun --nodes=1 --ntasks=1 "$GHOSTVIS_PYTHON" "$@"
+}
