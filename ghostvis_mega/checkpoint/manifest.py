@@ -58,6 +58,8 @@ class FileInfo(_Part):
 
     bytes: int = Field(ge=0)
     sha256: str
+    crc32: int | None = None
+    """Of the content, where its writer has it: shows damage several times as fast as SHA-256."""
     kind: Kind
     """weights: tensors `NAME`; optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and, where the weights
     are not fp32 themselves, `master/NAME`; random: states of the random generators,

@@ -30,6 +30,7 @@ def bench_convert(
         typer.Option(help="qwen25_1_5b, qwen25_7b, llava_siglip, llava_clip; repeatable; all."),
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where there is room.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each step; the best counts.")] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Measure conversion."""
@@ -41,7 +42,10 @@ def bench_convert(
         for name in model or MODELS:
             with tempfile.TemporaryDirectory(prefix="ghostvis-bench-", dir=folder) as place:
                 rows += bench_model(
-                    name, Path(place), progress=lambda text: typer.echo(text, err=True)
+                    name,
+                    Path(place),
+                    rounds=rounds,
+                    progress=lambda text: typer.echo(text, err=True),
                 )
     except GhostVisError as error:
         typer.echo(f"error: {error}", err=True)

@@ -31,8 +31,6 @@ IMAGE_TOKEN = 151_655
 SHARE_OF_COPY = 0.8
 LARGEST_MEMORY_GB = 2.0
 _BLOCK = 32 << 20
-_ROUNDS = 2
-"""Each of copy, import and export is timed so often; the best counts."""
 
 
 def _llava(tower: str) -> dict[str, Any]:
@@ -63,8 +61,16 @@ class Timed:
     """Greatest resident memory, the interpreter and torch included."""
 
 
-def bench_model(name: str, folder: Path, *, progress: Callable[[str], None]) -> list[Figure]:
-    """Rows about one model; `folder` needs room for two copies of it, and is left empty.
+def bench_model(
+    name: str, folder: Path, *, rounds: int, progress: Callable[[str], None]
+) -> list[Figure]:
+    """Rows about one model.
+
+    Args:
+        name: Key of `MODELS`.
+        folder: With room for two copies of it; left empty.
+        rounds: How often each of copy, import and export is timed; the best counts.
+        progress: Told what is being done.
 
     Raises:
         CheckpointError: No such model, or no room.
@@ -77,15 +83,15 @@ def bench_model(name: str, folder: Path, *, progress: Callable[[str], None]) -> 
     digests, size = make_random(source, parts)
     copy, verified, there, back = [], [], [], []
     for what, runs in (("copy", copy), ("verified-copy", verified)):
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             progress(f"{name}: {what}")
             runs.append(_timed(what, source, other))
             shutil.rmtree(other)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         progress(f"{name}: import")
         shutil.rmtree(other, ignore_errors=True)
         there.append(_timed("import", source, other))
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         progress(f"{name}: export")
         shutil.rmtree(source, ignore_errors=True)
         back.append(_timed("export", other, source))

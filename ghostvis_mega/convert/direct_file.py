@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,6 +76,23 @@ def loaded(pieces: Iterable[Piece], *, size: int) -> Iterator[Buffer]:
             yield piece
 
 
+def crc32_file(path: Path) -> int:
+    """CRC-32 of a file's bytes.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    found = 0
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for chunk in Span(file.fileno(), path, 0, size).chunks(BLOCK_BYTES):
+                found = zlib.crc32(chunk, found)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
 class _Block:
     """Memory that the disk may read from: pages of its own."""
 
@@ -94,9 +112,11 @@ class DirectFile:
 
     Args:
         path: Must not exist.
+        crc: Take a CRC-32 as well.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, crc: bool = False):
+        self.crc32 = 0 if crc else None
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = self._set_direct(True)
         self._digest = hashlib.sha256()
@@ -156,6 +176,8 @@ class DirectFile:
         self._block.wait()
 
     def _put(self, data: memoryview, at: int) -> None:
+        if self.crc32 is not None:
+            self.crc32 = zlib.crc32(data, self.crc32)
         done = 0
         while done < len(data):
             done += os.pwrite(self._file, data[done:], at + done)

@@ -179,12 +179,12 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
         cores = len(os.sched_getaffinity(0))
         pool = stack.enter_context(ThreadPoolExecutor(min(WRITERS, max(1, cores // 2))))
         files = weights.reader.files("weights") if options.check else []
-        damage = [pool.submit(weights.reader.damage, [file]) for file in files]
+        damage = [pool.submit(weights.damage, file) for file in files]
         with new_directory(out, force=options.force) as folder:
             shards = plan.shards(options.shard_bytes)
             pieces = tensor_pieces(plan, weights.pieces)
             written = write_parallel(folder, shards, lambda: pieces)
-            if found := [sentence for future in damage for sentence in future.result()]:
+            if found := [told for future in damage if (told := future.result())]:
                 raise CheckpointError("; ".join(found))
             finish_export(folder, plan, shards, written, _about(weights.manifest))
     log.info("exported %d tensors as %s into %s", len(plan.infos), plan.form, out)

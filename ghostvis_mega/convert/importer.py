@@ -274,7 +274,7 @@ def _write(
         infos = {n: t.info for n, t in tensors.items() if t.entry.module in modules}
         for number, shard in enumerate(shards_of(infos, largest=options.shard_bytes)):
             shards.append((f"{stem}-{number:05d}.safetensors", shard))
-    written = write_parallel(folder, shards, lambda: lambda name: tensors[name].pieces())
+    written = write_parallel(folder, shards, lambda: lambda name: tensors[name].pieces(), crc=True)
     files: dict[str, Any] = {}
     for file, shard in shards:
         files[file] = {

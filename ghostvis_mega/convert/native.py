@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from pydantic import JsonValue, ValidationError
 
+from ghostvis_mega.checkpoint.manifest import size_problem
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, VisionConfig
-from ghostvis_mega.convert.direct_file import Buffer, Piece, loaded
+from ghostvis_mega.convert.direct_file import Buffer, Piece, crc32_file, loaded
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.tensor_file import (
     CHUNK_BYTES,
@@ -122,6 +123,18 @@ class NativeWeights(Closing):
             if name not in self._files:
                 self._files[name] = TensorFile(self.path / name)
             return self._files[name]
+
+    def damage(self, file: str) -> str | None:
+        """A sentence if a file is not what the manifest says; reads it whole.
+
+        A CRC-32, where there is one, shows accidents; `convert verify` compares SHA-256.
+        """
+        info, path = self.manifest.files[file], self.path / file
+        if info.crc32 is None or size_problem(self.path, file, info):
+            return next(iter(self.reader.damage([file])), None)
+        if (found := crc32_file(path)) != info.crc32:
+            return f"{path} is damaged: its crc32 is {found:08x}, not {info.crc32:08x}"
+        return None
 
     def check(self, entries: list[Entry], *, modules: set[str]) -> None:
         """Raise unless the mapping and the checkpoint speak of the same parameters of `modules`.

@@ -26,8 +26,8 @@ from ghostvis_mega.utils.files import (
 
 EXPORT_FILE = "ghostvis_export.json"
 SCHEMA = "gvhf/1"
-SHARD_BYTES = 5_000_000_000
-"""Of the files that transformers writes as well."""
+SHARD_BYTES = 2_000_000_000
+"""Small enough that several digests are taken side by side."""
 WRITERS = 4
 """Files that are written, or read for their digests, side by side."""
 
@@ -105,7 +105,7 @@ def check_space(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def write_parallel(
-    folder: Path, shards: Sequence[Shard], streams: Callable[[], Stream]
+    folder: Path, shards: Sequence[Shard], streams: Callable[[], Stream], *, crc: bool = False
 ) -> dict[str, Any]:
     """Write files side by side, each from a stream of its own; returns their sizes and digests."""
     check_space(folder, shards)
@@ -114,7 +114,7 @@ def write_parallel(
     def write(shard: Shard) -> tuple[str, dict[str, object]]:
         stream = streams()
         name, tensors = shard
-        with TensorFileWriter(folder / name, tensors) as file:
+        with TensorFileWriter(folder / name, tensors, crc=crc) as file:
             for tensor, _ in tensors:
                 file.write(tensor, stream(tensor))
         return name, file.entry()

@@ -139,9 +139,10 @@ class TensorFileWriter:
     Args:
         path: Must not exist.
         tensors: (name, type and shape), in order.
+        crc: Take a CRC-32 as well.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, TensorInfo]]):
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, TensorInfo]], *, crc: bool = False):
         self._left = [(name, info.num_bytes) for name, info in reversed(tensors)]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -156,7 +157,7 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.path = path
-        self._file = DirectFile(path)
+        self._file = DirectFile(path, crc=crc)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, pieces: Iterator[Piece]) -> None:
@@ -184,8 +185,9 @@ class TensorFileWriter:
             self._file.discard()
 
     def entry(self) -> dict[str, object]:
-        """Size and SHA-256 of the finished file."""
-        return {"bytes": self._file.size_bytes, "sha256": self._file.sha256}
+        """Size and digests of the finished file."""
+        found: dict[str, object] = {"bytes": self._file.size_bytes, "sha256": self._file.sha256}
+        return found if self._file.crc32 is None else found | {"crc32": self._file.crc32}
 
 
 def cast(pieces: Iterator[Piece], *, source: str, target: str) -> Iterator[Piece]:

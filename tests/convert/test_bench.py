@@ -14,8 +14,7 @@ from tests.convert.sharded import MODELS
 
 
 @pytest.fixture(autouse=True)
-def one_round(monkeypatch):
-    monkeypatch.setattr(bench, "_ROUNDS", 1)
+def small_model(monkeypatch):
     monkeypatch.setitem(bench.MODELS, "small", MODELS["untied"])
 
 
@@ -23,7 +22,7 @@ def one_round(monkeypatch):
 def test_rows_and_exit_code(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench, "SHARE_OF_COPY", 0.0)
     arguments = ["bench", "convert", "--folder", str(tmp_path), "--json", "--model"]
-    result = CliRunner().invoke(app, [*arguments, "small"])
+    result = CliRunner().invoke(app, [*arguments, "small", "--rounds", "1"])
     assert result.exit_code == 0, result.output
     rows = {row["name"].removeprefix("small: "): row for row in json.loads(result.stdout)}
     assert rows["different after the way there and back"]["value"] == 0
@@ -53,12 +52,12 @@ def test_a_changed_bit_and_a_missed_bar_are_told(tmp_path: Path, monkeypatch):
         return right(folder)
 
     monkeypatch.setattr(bench, "_timed", in_this_process)
-    rows = bench.bench_model("small", tmp_path, progress=lambda _: None)
+    rows = bench.bench_model("small", tmp_path, rounds=1, progress=lambda _: None)
     missed = [row["name"] for row in rows if row["ok"] is False]
     assert missed == ["small: import, memory", "small: export, memory"]
     monkeypatch.setattr(bench, "_digests", flipped)
     monkeypatch.setattr(bench, "SHARE_OF_COPY", 1.1)
-    rows = bench.bench_model("small", tmp_path, progress=lambda _: None)
+    rows = bench.bench_model("small", tmp_path, rounds=1, progress=lambda _: None)
     assert [row["name"] for row in rows if row["ok"] is False] == [
         "small: different after the way there and back",
         "small: import / copy",

@@ -5,12 +5,13 @@ import fcntl
 import hashlib
 import os
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ghostvis_mega.convert.direct_file import BLOCK_BYTES, DirectFile, Span, loaded
+from ghostvis_mega.convert.direct_file import BLOCK_BYTES, DirectFile, Span, crc32_file, loaded
 from ghostvis_mega.utils.errors import CheckpointError
 
 SIZES = (0, 1, 4095, BLOCK_BYTES - 1, BLOCK_BYTES, 5 * BLOCK_BYTES + 4097)
@@ -38,7 +39,7 @@ def test_any_mix_of_pieces_becomes_the_file(tmp_path: Path, monkeypatch, direct:
     descriptor = os.open(source, os.O_RDONLY)
     for size in SIZES:
         path = tmp_path / f"{size}"
-        file = DirectFile(path)
+        file = DirectFile(path, crc=size % 2 == 0)
         assert file._direct == direct
         third = size // 3
         file.write(data[:third])
@@ -47,6 +48,8 @@ def test_any_mix_of_pieces_becomes_the_file(tmp_path: Path, monkeypatch, direct:
         assert path.read_bytes() == data[:size], size
         assert file.sha256 == hashlib.sha256(data[:size]).hexdigest()
         assert file.size_bytes == size
+        assert file.crc32 == (None if size % 2 else zlib.crc32(data[:size]))
+        assert crc32_file(path) == zlib.crc32(data[:size])
     os.close(descriptor)
 
 

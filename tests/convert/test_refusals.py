@@ -221,7 +221,15 @@ def test_damage_is_found_before_and_after(tmp_path: Path, llava: Path):
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=f"{file} is damaged"):
+    # A checkpoint of a run has SHA-256 alone.
+    with pytest.raises(CheckpointError, match=f"{file} is damaged: its crc32 is"):
+        export_hf(native, tmp_path / "again", OPTIONS)
+    manifest = json.loads((native / "manifest.json").read_text())
+    for entry in manifest["files"].values():
+        assert entry.pop("crc32") is not None
+    manifest["digest"] = document_digest(manifest)
+    (native / "manifest.json").write_bytes(canonical_json(manifest))
+    with pytest.raises(CheckpointError, match=f"{file} is damaged: its sha256 is"):
         export_hf(native, tmp_path / "again", OPTIONS)
     assert not (tmp_path / "again").exists()
     (difference,) = compare(native, out).differences
