@@ -176,6 +176,8 @@ class Training:
             return state.step
 
         start = self.restore(store, engine, feed, guards)
+        if run.checkpoint.save_every or run.checkpoint.save_at_end:
+            store.prepare(engine)
         observers = make_observers(run.log, rank=groups.rank)
         previewer = None
         if heldout is not None and run.log.preview_steps and run.log.preview_samples:

@@ -139,6 +139,8 @@ class HostBuffers:
             if self.pinned:
                 _pin(kept)
                 weakref.finalize(kept, _unpin, kept.data_ptr()).atexit = False
+            else:
+                kept.zero_()  # the system hands out memory when it is first touched
             self._kept[name] = kept
         return kept[:num_bytes]
 
@@ -160,6 +162,14 @@ def _unpin(address: int) -> None:
     code = torch.cuda.cudart().cudaHostUnregister(address)
     if int(code) != 0:
         log.warning("pinned host memory could not be released (CUDA error %d)", int(code))
+
+
+def make_buffers(engine: TrainEngine) -> HostBuffers:
+    """Host memory for this rank's snapshots, so that the first one takes no longer than others."""
+    buffers = HostBuffers(pinned=engine.device.type == "cuda")
+    for file in rank_files(engine):
+        buffers.get(file.name, FileImage(file.tensors, metadata=file.metadata).size_bytes)
+    return buffers
 
 
 def take_snapshot(engine: TrainEngine, buffers: HostBuffers, *, step: int) -> Snapshot:

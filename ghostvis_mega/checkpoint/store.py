@@ -28,7 +28,7 @@ from ghostvis_mega.checkpoint.restore import (
     weight_problems,
 )
 from ghostvis_mega.checkpoint.saving import write_checkpoint
-from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
+from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot, make_buffers, take_snapshot
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups
@@ -71,6 +71,8 @@ class CheckpointStore:
         self.folder, self.keep = CheckpointFolder(folder), keep
         self.stall_s = 0.0
         """How long the last `begin` kept training, the wait for an earlier save left aside."""
+        self.state_bytes = 0
+        """What this rank writes of the last save that was begun."""
         self._buffers: HostBuffers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
@@ -92,6 +94,11 @@ class CheckpointStore:
         snapshot = self._snapshot(engine, step=step)
         return write_checkpoint(self.folder, snapshot, extra=extra, keep=self.keep, group=None)
 
+    def prepare(self, engine: TrainEngine) -> None:
+        """Take the host memory that saves need, before training; else the first one does."""
+        if self._buffers is None:
+            self._buffers = make_buffers(engine)
+
     def begin(self, engine: TrainEngine, *, step: int, extra: dict[str, JsonValue]) -> None:
         """As `save`, but training goes on while the copy of the state is written; collective.
 
@@ -111,9 +118,15 @@ class CheckpointStore:
         began = time.perf_counter()
         snapshot = self._snapshot(engine, step=step)
         self.stall_s = time.perf_counter() - began
+        self.state_bytes = snapshot.num_bytes
         self._pending = self._thread.submit(
             write_checkpoint, self.folder, snapshot, extra=extra, keep=self.keep, group=self._group
         )
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Until everything that was begun is on the disk.
@@ -139,8 +152,8 @@ class CheckpointStore:
             log.warning("%s. Training goes on with the checkpoint before it", error)
 
     def _snapshot(self, engine: TrainEngine, *, step: int) -> Snapshot:
-        if self._buffers is None:
-            self._buffers = HostBuffers(pinned=engine.device.type == "cuda")
+        self.prepare(engine)
+        assert self._buffers is not None
         return take_snapshot(engine, self._buffers, step=step)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS
 from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.config.schema import RunConfig
-from ghostvis_mega.config.sizes import parameter_counts
+from ghostvis_mega.config.sizes import checkpoint_bytes, parameter_counts
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
@@ -103,6 +103,7 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
             for engine, resolved in engines.items()
             if resolved.offload
         },
+        "checkpoint_bytes": checkpoint_bytes(run),
         "precision": run.train.precision,
         "steps": run.train.steps,
         "output": str(run.log.output),
@@ -142,6 +143,9 @@ def _show(run: RunConfig, plan: dict[str, Any]) -> None:
         table.add_row(f"ZeRO, {engine} engine", f"stage {stage}{place}")
     table.add_row("precision", plan["precision"])
     table.add_row("steps", f"{plan['steps']:,}")
+    size, keep = plan["checkpoint_bytes"] / 1e9, run.checkpoint.keep
+    room = f"{size:,.3g} GB each, {size * (keep + 1):,.3g} GB for {keep} and the one being written"
+    table.add_row("checkpoints", room)
     table.add_row("output", str(run.log.output))
     console.print(table)
     for note in plan["notes"]:

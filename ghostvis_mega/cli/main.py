@@ -3,6 +3,7 @@ quick."""
 
 import typer
 
+from ghostvis_mega.cli.bench_checkpoint import BENCH_CHECKPOINT_HELP, bench_checkpoint
 from ghostvis_mega.cli.bench_convert import BENCH_CONVERT_HELP, bench_convert
 from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
 from ghostvis_mega.cli.bench_determinism import BENCH_DETERMINISM_HELP, bench_determinism
@@ -36,6 +37,7 @@ app.command(help=STRESS_HELP)(stress)
 bench_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Time parts of the system against bars."
 )
+bench_app.command("checkpoint", help=BENCH_CHECKPOINT_HELP)(bench_checkpoint)
 bench_app.command("convert", help=BENCH_CONVERT_HELP)(bench_convert)
 bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
 bench_app.command("determinism", help=BENCH_DETERMINISM_HELP)(bench_determinism)

@@ -1,6 +1,6 @@
 """Parameters of a model by module, from its settings alone."""
 
-from ghostvis_mega.config.schema import LLMConfig, ModelConfig, Module, VisionConfig
+from ghostvis_mega.config.schema import LLMConfig, ModelConfig, Module, RunConfig, VisionConfig
 
 
 def llm_parameters(llm: LLMConfig) -> int:
@@ -39,3 +39,12 @@ def parameter_counts(model: ModelConfig) -> dict[Module, int]:
         counts["resampler"] = model.tokens_per_image * c + connector.num_layers * layer + 2 * c
     counts["projector"] = (c * h + h) + (h * h + h)
     return counts
+
+
+def checkpoint_bytes(run: RunConfig) -> int:
+    """About what one checkpoint takes on the disk: weights, and of what is trained two moments and
+    fp32 masters beside BF16 weights. Headers and generators are some KB a rank."""
+    counts = parameter_counts(run.model)
+    in_bf16 = run.train.precision == "bf16"
+    trained = sum(counts[name] for name in run.trained_modules)
+    return sum(counts.values()) * (2 if in_bf16 else 4) + trained * (12 if in_bf16 else 8)

@@ -20,8 +20,13 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERAT
 
 def drill(*args: str) -> tuple[int, dict[str, dict[str, Any]], str]:
     """Exit code, rows by name, and what was said."""
+    return command("drill", *args)
+
+
+def command(*args: str) -> tuple[int, dict[str, dict[str, Any]], str]:
+    """As `drill`, of any command."""
     done = subprocess.run(
-        [sys.executable, "-m", "ghostvis_mega", "drill", *args, "--json"],
+        [sys.executable, "-m", "ghostvis_mega", *args, "--json"],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

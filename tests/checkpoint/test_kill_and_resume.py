@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.test_drills import drill
+from tests.checkpoint.test_drills import command, drill
 from tests.launch import ROOT
 
 pytestmark = pytest.mark.world_size(2)
@@ -59,6 +59,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(rows: dict[str, Any], case:
         "other counts, guards or data position",
     ):
         assert rows[f"{case}: {name}"]["value"] == 0
+
+
+def test_the_size_of_a_checkpoint_is_known_before(config: Path):
+    code, rows, said = command("bench", "checkpoint", str(config), "--saves", "1", "--steps", "2")
+    assert code == 0, said[-3000:]
+    assert rows["checkpoint"]["value"] > 0.005
+    assert rows["size predicted at the save, error"]["value"] < 0.01
+    assert rows["size predicted from the settings, error"]["value"] < 0.05
+    assert rows["share of time, a save every 10 minutes"]["ok"]
 
 
 def test_a_resume_that_forgets_one_moment_is_noticed(config: Path):

@@ -47,6 +47,7 @@ def snapshot_of(engine: FakeEngine, buffers: HostBuffers, *, step: int) -> Snaps
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr(store, "take_snapshot", snapshot_of)
+    monkeypatch.setattr(store, "make_buffers", lambda engine: HostBuffers(pinned=False))
     return FakeEngine()
 
 
