@@ -121,12 +121,15 @@ def problems_of_app(module: str, words: list[str], *, world_size: int | None = N
     if not str(given.get("config", "")).endswith(".yaml"):
         return []
     size = world_size or given.get("world_size") or given.get("processes") or 1
-    layouts = given.get("layout") or [""]
+    cases = [text.partition(":")[2] for text in given.get("case") or ()]
+    layouts = given.get("layout") or cases or [""]
     return [
         problem
         for layout in layouts
         for problem in problems_of_settings(
-            str(given["config"]), [*(given["overrides"] or []), *layout.split()], world_size=size
+            str(given["config"]),
+            [*(given.get("overrides") or []), *layout.split()],
+            world_size=size,
         )
     ]
 
