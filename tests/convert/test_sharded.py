@@ -37,7 +37,7 @@ def stock(folder: Path) -> dict[str, Any]:
 def results(stock, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     worker = Path(__file__).with_name("worker.py")
     return launch(
-        worker, ranks=4, timeout_s=250, folder=tmp_path_factory.mktemp("launch"), args=[str(folder)]
+        worker, ranks=1, timeout_s=250, folder=tmp_path_factory.mktemp("launch"), args=[str(folder)]
     )
 
 
