@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.gguf_check import check_header
 from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError, MissingDependencyError
@@ -53,6 +54,7 @@ class GGUFFile(Source):
             raise MissingDependencyError("gguf", needed_for=str(path), extra="gguf") from error
         self._gguf = gguf
         try:
+            check_header(path)
             reader = gguf.GGUFReader(path)
         except (OSError, ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
             raise CheckpointError(f"{path} is no sound GGUF file: {error}") from error

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ghostvis_mega.config.schema import ModelConfig
+from ghostvis_mega.data.encode import MAX_IMAGE_BYTES
 from ghostvis_mega.data.pixels import probe
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.generate.engine import Completion, Request, request_problem
 from ghostvis_mega.generate.sampling import Sampling, SamplingError
 from ghostvis_mega.generate.text import ModelText, parse_json_line, split_prompt
 from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import read_small
 
+LARGEST_INPUT = 1 << 30
+"""Bytes of a file of prompts."""
 _OPTIONS = {field.name for field in fields(Sampling)} - {"ignore_end"}
 _KEYS = {"prompt", "messages", "images", "system", "id"} | _OPTIONS
 
@@ -65,7 +69,7 @@ def read_prompts(path: Path, *, system: str | None, sampling: Sampling) -> Itera
         DataError: The file cannot be read or a line is broken; names it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_small(path, limit=LARGEST_INPUT).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     found = 0
@@ -158,7 +162,7 @@ def make_requests(
             tokens = text.plain(prompt.turns[0].parts) if raw else text.prompt(prompt.turns)
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from error
-        pictures = tuple(_read_picture(path, prompt.where) for path in prompt.images)
+        pictures = tuple(read_picture(path, prompt.where) for path in prompt.images)
         request = Request(tuple(tokens), pictures, prompt.sampling)
         problem = request_problem(
             request, model, image_token=text.image_token, vocab=model.llm.vocab_size
@@ -169,9 +173,14 @@ def make_requests(
     return requests
 
 
-def _read_picture(path: Path, where: str) -> bytes:
+def read_picture(path: Path, where: str) -> bytes:
+    """A picture's bytes, decoded once to be sure.
+
+    Raises:
+        DataError: It is missing or broken; begins with `where`.
+    """
     try:
-        data = path.read_bytes()
+        data = read_small(path, limit=MAX_IMAGE_BYTES)
     except OSError as error:
         raise DataError(f"{where}: image {path} cannot be read: {error.strerror}") from error
     try:

@@ -1,4 +1,4 @@
-"""147 files made to do harm are refused at every door; readers that are not careful are caught."""
+"""Files made to do harm are refused at every door; readers that are not careful are caught."""
 
 import importlib
 import io
@@ -18,7 +18,7 @@ from ghostvis_mega.utils.errors import DataError
 def test_every_file_is_refused(tmp_path: Path) -> None:
     results = list(run_drill(tmp_path))
     assert {r.case.name: r.problem for r in results if r.problem is not None} == {}
-    assert len(results) == len(CASES) >= 60
+    assert len(results) == len(CASES) > 150
     assert len({case.name for case in CASES}) == len(CASES)
 
 

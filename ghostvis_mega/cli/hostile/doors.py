@@ -17,6 +17,8 @@ from ghostvis_mega.data.pixels import probe
 from ghostvis_mega.data.readers.registry import SourceSpec, open_source
 from ghostvis_mega.data.recipe import load_recipe
 from ghostvis_mega.data.template import load_tokenizer
+from ghostvis_mega.generate.prompts import read_picture, read_prompts
+from ghostvis_mega.generate.sampling import Sampling
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import CheckpointError, DataError
 
@@ -88,6 +90,12 @@ class Doors:
         if newest is not None:
             self.checkpoint(newest)
 
+    def prompts(self, path: Path) -> None:
+        """A file of prompts for `generate`, and the pictures that it names."""
+        for prompt in read_prompts(path, system=None, sampling=Sampling()):
+            for picture in prompt.images:
+                read_picture(picture, prompt.where)
+
     def hugging_face(self, path: Path) -> None:
-        """A model directory from elsewhere."""
+        """A model directory or a GGUF file from elsewhere."""
         import_hf([path], self.out / "imported", ImportOptions(force=True))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,4 +254,26 @@ CHECKPOINTS = [
          lambda kit, folder: put(folder / "a.pt", kit.pickle)),
 ]  # fmt: skip
 
-MODEL_CASES = [*MODELS, *DATASETS, *CHECKPOINTS]
+
+def _gguf(name: str, body: bytes, *, tensors: int = 0, settings: int = 1) -> Case:
+    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, settings)
+    return Case(
+        f"GGUF: {name}", "hugging_face", lambda kit, folder: put(folder / "m.gguf", head + body)
+    )
+
+
+KEY = struct.pack("<Q", 1) + b"a"
+GGUF = [
+    _gguf("2^60 settings", bytes(64), settings=1 << 60),
+    _gguf("2^60 tensors", bytes(64), settings=0, tensors=1 << 60),
+    _gguf("an array of 2^60 numbers", KEY + struct.pack("<IIQ", 9, 4, 1 << 60) + bytes(64)),
+    _gguf("an array of 2^60 texts", KEY + struct.pack("<IIQ", 9, 8, 1 << 60) + bytes(64)),
+    _gguf("arrays in arrays", KEY + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000),
+    _gguf("a text of 2^62 bytes", struct.pack("<Q", 1 << 62) + bytes(64)),
+    _gguf("a tensor of 10^9 dimensions", KEY + struct.pack("<I", 10**9) + bytes(64),
+          settings=0, tensors=1),
+    Case("GGUF: a pickle", "hugging_face",
+         lambda kit, folder: put(folder / "m.gguf", kit.pickle)),
+]  # fmt: skip
+
+MODEL_CASES = [*GGUF, *MODELS, *DATASETS, *CHECKPOINTS]

@@ -190,7 +190,37 @@ MEGATRON = [
     _megatron("documents that go back", _index(1, 2, struct.pack("<iqqq", 16, 0, 1, 0))),
 ]
 
+
+def _prompts(name: str, row: Callable[[Kit, Path], Any]) -> Case:
+    return Case(
+        f"prompts: {name}",
+        "prompts",
+        lambda kit, folder: put_json(folder / "prompts.jsonl", row(kit, folder)),
+    )
+
+
+def _shows(image: str) -> dict[str, Any]:
+    return {"prompt": "What is it?", "images": [image]}
+
+
+def _shows_pipe(_: Kit, folder: Path) -> Any:
+    os.mkfifo(folder / "pipe.png")
+    return _shows("pipe.png")
+
+
+PROMPTS = [
+    _prompts("http address", lambda kit, folder: _shows("http://127.0.0.1:9/picture.png")),
+    _prompts("file address", lambda kit, folder: _shows(f"file://{kit.secret}")),
+    _prompts("a text as picture", lambda kit, folder: _shows(str(kit.secret))),
+    _prompts("an endless picture", lambda kit, folder: _shows("/dev/zero")),
+    _prompts("a named pipe as picture", _shows_pipe),
+    _prompts("a command", lambda kit, folder: {"prompt": "a", "trust_remote_code": kit.command}),
+    Case("prompts: deep JSON", "prompts", lambda kit, folder: put(folder / "p.jsonl", deep())),
+    Case("prompts: a pickle", "prompts", lambda kit, folder: put(folder / "p.jsonl", kit.pickle)),
+]
+
 TEXT_CASES = [
+    *PROMPTS,
     *yaml_cases("settings"),
     *yaml_cases("recipe"),
     *DEEPSPEED,
