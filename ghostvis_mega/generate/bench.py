@@ -349,12 +349,9 @@ class Bench:
         """What the fused kernels and the recorded steps are worth at batch 1."""
         if not (self._on_gpu and self.plan.fused):
             return
-        from ghostvis_mega.generate.triton_kernels import TritonKernels
-
         requests = self.requests(1, False, tokens=self.plan.tokens)
         used, graphs = self.engine.decoder.kernels, self.engine.graphs
         kinds: list[tuple[str, Kernels, bool]] = [
-            ("library's matrix products", TritonKernels(vectors=False), True),
             ("PyTorch's kernels", TorchKernels(), True),
             ("steps not recorded", used, False),
         ]

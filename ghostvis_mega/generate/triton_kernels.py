@@ -55,35 +55,6 @@ def swiglu_kernel(x, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def vector_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    rows,
-    columns,
-    BIASED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Some rows of a matrix [rows, columns] times one vector."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    exists = n < rows
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, columns, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
-        inside = k < columns
-        part = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-        places = n.to(tl.int64)[:, None] * columns + k[None, :]
-        w = tl.load(weight + places, mask=exists[:, None] & inside[None, :], other=0.0)
-        total += w.to(tl.float32) * part[None, :]
-    y = tl.sum(total, axis=1)
-    if BIASED:
-        y += tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
 def place_kernel(
     qkv,
     rotary,
@@ -206,39 +177,13 @@ def _power(count: int) -> int:
 
 
 class TritonKernels:
-    """Fused kernels for the steps of decoding; head dims are powers of two from 16 on.
-
-    Args:
-        vectors: Multiply a single row by our own kernel, which reads weights faster than the
-            library's; more rows always go to the library.
-    """
-
-    def __init__(self, *, vectors: bool = True):
-        self.vectors = vectors
+    """Fused kernels for the steps of decoding; head dims are powers of two from 16 on."""
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """[N, in] -> [N, out]."""
-        if len(x) != 1 or not self.vectors:
-            return F.linear(x, weight, bias)
-        rows, columns = weight.shape
-        out = x.new_empty(1, rows)
-        # Few rows want small blocks, or some multiprocessors get none.
-        block = 4 if rows < 8192 else 8
-        vector_kernel[(triton.cdiv(rows, block),)](
-            x,
-            weight,
-            weight if bias is None else bias,
-            out,
-            rows,
-            columns,
-            BIASED=bias is not None,
-            ROWS=block,
-            COLUMNS=min(1024, _power(columns)),
-            num_warps=4,
-        )
-        return out
+        """[N, in] -> [N, out], by the library: it reads weights as fast as a kernel of ours did."""
+        return F.linear(x, weight, bias)
 
     def add_norm(
         self, hidden: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, eps: float

@@ -32,9 +32,6 @@ for rows in (1, 3):
     wide = random(rows, 2 * 1100)
     same(ours.activate(wide, "swiglu"), theirs.activate(wide, "swiglu"))
     same(ours.activate(x, "relu2"), theirs.activate(x, "relu2"))
-    matrix, bias, vector = random(50, 1500) / 40, random(50), random(rows, 1500)
-    same(ours.linear(vector, matrix, bias), theirs.linear(vector, matrix, bias))
-    same(ours.linear(vector, matrix, None), theirs.linear(vector, matrix, None))
     for groups, queries, size in ((2, 6, 32), (1, 7, 16)):
         rotary = torch.cat([random(80, size // 2).cos(), random(80, size // 2).sin()], dim=1)
         lengths = torch.tensor([0, 37, 79][:rows] if rows == 3 else [70])
@@ -80,10 +77,6 @@ KERNELS = {
         {"ADDS": True, "BLOCK": 2048},
     ),
     "swiglu_kernel": ({"x": BF16, "out": BF16, "size": "i32"}, {"BLOCK": 1024}),
-    "vector_kernel": (
-        {"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "rows": "i32", "columns": "i32"},
-        {"BIASED": True, "ROWS": 4, "COLUMNS": 1024},
-    ),
     "place_kernel": (
         {
             "qkv": BF16,

@@ -62,7 +62,7 @@ def test_a_gpu_answers_as_the_cpu(model):
         (TorchKernels(), True, 8),
         (TritonKernels(), False, 8),
         (TritonKernels(), True, 3),
-        (TritonKernels(vectors=False), True, 1),
+        (TritonKernels(), True, 1),
     ):
         ours = engine(model, GPU, max_rows=rows, graphs=graphs)
         ours.use(kernels, graphs=graphs)
