@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.checkpoint.bundle import write_bundle
-from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
+from ghostvis_mega.checkpoint.run_state import RunState
+from ghostvis_mega.checkpoint.store import CheckpointStore
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.convert.online import Exporter
 from ghostvis_mega.data.dataset import Dataset
@@ -42,7 +43,7 @@ from ghostvis_mega.train.slow_ranks import SlowRanks
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.determinism import determinism, make_deterministic
 from ghostvis_mega.utils.environment import package_versions
-from ghostvis_mega.utils.errors import CheckpointError, ConfigError
+from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import atomic_write_json
 from ghostvis_mega.utils.hardware import cpu_name, device_peak
 from ghostvis_mega.utils.processes import process_started
@@ -153,29 +154,9 @@ class Training:
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
         store = CheckpointStore(run.log.output / "checkpoints", keep=run.checkpoint.keep)
         feed = Feed(run, groups, train)
-        exporter = Exporter(run) if run.checkpoint.export_hf != "none" else None
-
         guards = Guards(run, places=groups.places, rank=groups.rank)
-
-        def save(steps: int) -> None:
-            extra = {"data": feed.state(), "guards": guards.state()}
-            store.begin(engine, step=steps, extra=extra)
-            if exporter is not None:
-                self.world.watchdog.alive("the Hugging Face export")
-                exporter.save(engine, step=steps)
-
-        def go_back() -> int | None:
-            try:
-                store.wait()
-            except CheckpointError as error:
-                log.warning("%s. Going back to the checkpoint before it", error)
-            state = store.resume("auto", engine)
-            if state is None:
-                return None
-            guards.go_back(state.extra.get("guards"))
-            return state.step
-
-        start = self.restore(store, engine, feed, guards)
+        state = RunState(store=store, engine=engine, feed=feed, guards=guards)
+        start = state.restore(run.checkpoint)
         if run.checkpoint.save_every or run.checkpoint.save_at_end:
             store.prepare(engine)
         observers = make_observers(run.log, rank=groups.rank)
@@ -189,7 +170,7 @@ class Training:
             observers=observers,
             watchdog=self.world.watchdog,
             previewer=previewer,
-            save=save,
+            save=self.saving(state),
             guards=guards,
             slow_ranks=SlowRanks(
                 run.guards, places=groups.places, rank=groups.rank, folder=run.log.output
@@ -197,7 +178,7 @@ class Training:
             calls=self.world.calls,
             stop=self.stop,
             goodput=goodput,
-            go_back=go_back,
+            go_back=state.go_back,
             give_up=self.give_up,
         )
         if start >= run.train.steps:
@@ -205,17 +186,14 @@ class Training:
         loss = loop.run(start=start)
         feed.close()
         self.world.watchdog.alive("the end of the last save")
-        store.close()
+        with goodput.part("save"):
+            store.close()
         summary: Summary = {"status": self.stop.reason if self.stop.agreed else "finished"}
         if loss is not None:
             summary["loss"] = loss
         if run.log.evaluate and heldout is not None and not self.stop.agreed:
-            alive = self.world.watchdog.alive
             with goodput.part("evaluation"):
-                summary["heldout_accuracy"] = heldout_accuracy(engine, heldout, progress=alive)
-                alive("the question-only accuracy")
-                summary["question_only_accuracy"] = question_only_accuracy(train, heldout)
-            summary["num_questions"] = heldout.num_samples
+                summary |= self.evaluate(engine, train, heldout)
         summary["seconds"] = round(time.time() - self.started, 1)
         goodput.write()
         summary |= goodput.summary()
@@ -223,6 +201,30 @@ class Training:
         if groups.rank == 0:
             atomic_write_json(run.log.output / "summary.json", dict(summary))
         return summary
+
+    def saving(self, state: RunState) -> Callable[[int], None]:
+        """What the loop calls to save, with the export that the settings ask for."""
+        if self.run.checkpoint.export_hf == "none":
+            return state.save
+        exporter = Exporter(self.run)
+
+        def save(steps: int) -> None:
+            state.save(steps)
+            self.world.watchdog.alive("the Hugging Face export")
+            exporter.save(state.engine, step=steps)
+
+        return save
+
+    def evaluate(self, engine: TrainEngine, train: Dataset, heldout: Dataset) -> Summary:
+        """How many held-out questions the model answers, and how many a guess would."""
+        alive = self.world.watchdog.alive
+        accuracy = heldout_accuracy(engine, heldout, progress=alive)
+        alive("the question-only accuracy")
+        return {
+            "heldout_accuracy": accuracy,
+            "question_only_accuracy": question_only_accuracy(train, heldout),
+            "num_questions": heldout.num_samples,
+        }
 
     def account(self) -> Goodput:
         """The run's account of its time; the first rank keeps it in the run folder."""
@@ -239,26 +241,6 @@ class Training:
         folder = write_bundle(self.run, done=done, rank=rank, ledger=SKIPPED_LEDGER)
         dist.barrier(group=self.world.groups.world)
         return f"all there is to know is in {folder}"
-
-    def restore(
-        self, store: CheckpointStore, engine: TrainEngine, feed: Feed, guards: Guards
-    ) -> int:
-        """Take over the checkpoint that the settings name, if any; returns the steps done.
-
-        Raises:
-            CheckpointError: It is missing, damaged, of another model or of other data.
-        """
-        checkpoint = self.run.checkpoint
-        state = store.resume(checkpoint.resume, engine)
-        if state is None:
-            if checkpoint.weights is not None:
-                load_weights(checkpoint.weights, engine, modules=checkpoint.weights_of or None)
-            return 0
-        data = state.extra.get("data")
-        if isinstance(data, dict):
-            feed.check_state(data, step=state.step)
-        guards.restore(state.extra.get("guards"))
-        return state.step
 
     def describe(self, engine: TrainEngine, *, start: int) -> RunInfo:
         """What observers are told before the first step."""
