@@ -40,4 +40,4 @@ check_gpus() {
 }
 
 if [ "$GHOSTVIS_DEVICE" = cuda ]; then check_gpus; fi
-exit $sick
+if [ $sick = 1 ]; then exit 4; fi # as common.sh expects

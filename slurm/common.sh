@@ -92,9 +92,9 @@ forward_usr1() {
         kill -USR1 $pids' || say "the ranks could not be signalled"
 }
 
-# Start the ranks and wait for them through any number of signals; returns their exit code.
+# Start the ranks and wait for them through any number of signals; returns their exit code and sets
+# `told` to the last signal.
 run_ranks() {
-    told=''
     trap 'told=USR1; forward_usr1' USR1
     # Slurm has signalled the ranks itself: it cancels, preempts or requeues this job.
     trap 'told=TERM' TERM
@@ -132,10 +132,12 @@ train() {
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $SLURM_NTASKS processes," \
         "${before:-no checkpoint yet}"
     export_rendezvous
+    code=0 told=''
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-        slurm/check_node.sh "$output" || exit $EXIT_SICK_NODE
-    code=0
-    run_ranks --config "$@" || code=$?
+        slurm/check_node.sh "$output" || code=$?
+    # Its sentences stand above. Any other code is a node that died meanwhile.
+    if [ $code = $EXIT_SICK_NODE ]; then exit $code; fi
+    if [ $code = 0 ]; then run_ranks --config "$@" || code=$?; fi
     say "the ranks ended with $code${told:+ after $told}, $(newest_checkpoint "$output")"
     if [ "$told" = TERM ] || [ $code = 0 ] || [ $code = $EXIT_WRONG ]; then exit $code; fi
     if [ $code = $EXIT_REQUEUE ]; then

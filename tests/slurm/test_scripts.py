@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
+from tests.slurm import cluster
 
 JOBS = ("vlm_7b.sh", "vlm_1_5b.sh", "preprocess.sh", "convert.sh")
 GOOD = "0, 0, Not Active\n1, [N/A], Not Active\n"
@@ -159,7 +160,7 @@ def test_a_healthy_node_passes(tmp_path: Path) -> None:
 )
 def test_a_sick_gpu_is_named(tmp_path: Path, listing: str, told: str) -> None:
     done = check_node(fake(tmp_path / "bin", "nvidia-smi", listing), tmp_path / "run")
-    assert done.returncode == 1
+    assert done.returncode == 4
     assert f"node gpu07: {told}" in done.stderr and "--exclude=gpu07" in done.stderr
 
 
@@ -168,6 +169,22 @@ def test_other_problems_of_a_node_are_named(tmp_path: Path) -> None:
     commands = fake(tmp_path / "bin", "nvidia-smi", "", code=9)
     settings = {"GHOSTVIS_MIN_FREE_MIB": str(1 << 40), "GHOSTVIS_PYTHON": "/bin/false"}
     done = check_node(commands, tmp_path / "file" / "run", **settings)
-    assert done.returncode == 1
+    assert done.returncode == 4
     for told in ("nvidia-smi fails", "is not writable", "/dev/shm has", "is not Python 3.12"):
         assert told in done.stderr
+
+
+def test_where_slurm_is_missing_the_reason_says_what_to_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "SBIN", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reason = cluster.missing()
+    assert reason is not None
+    assert "slurmctld" in reason and "run tests/slurm/install.sh as root" in reason
+    for name in cluster.PROGRAMS:
+        fake(tmp_path, name, "")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert cluster.missing() is None
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "run as root" in str(cluster.missing())
