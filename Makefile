@@ -111,8 +111,8 @@ demo: demo-data
 	deepspeed --num_accelerators 2 --master_port $$port \
 	    examples/pretrain_vlm.py --config examples/configs/vlm_tiny_easyvqa.yaml
 	echo "demo: the same answers from the export, in transformers"
-	export="$$(ls -d $(DEMO)/hf/step-* | tail -1)"
-	python -m ghostvis_mega convert verify "$(DEMO)/checkpoints/$${export##*/}" "$$export" \
+	last="$$(ls -d $(DEMO)/hf/step-* | tail -1)"
+	python -m ghostvis_mega convert verify "$(DEMO)/checkpoints/$${last##*/}" "$$last" \
 	    --answers 8 --data $(DATA)-test.gvd
 
 clean:

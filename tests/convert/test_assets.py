@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from ghostvis_mega.convert.assets import Assets, find_assets, image_processor, write_assets
@@ -30,6 +32,7 @@ from ghostvis_mega.data.tokenizer import train_tokenizer
 from ghostvis_mega.model.vision import _PIXEL_STATISTICS
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.cases import IMAGE, build, different, save, tensors_of
+from tests.convert.gguf_cases import letters
 from tests.convert.test_stock_programs import parts_of
 from tests.data.vocabularies import mistral_model, qwen_ranks, smollm2_json
 
@@ -182,12 +185,18 @@ def test_specials_that_a_vocabulary_lacks_keep_their_names_in_a_dataset(
     tmp_path: Path, template: str
 ):
     """The word `image` is in the vocabulary, so a special of that name would be the word."""
-    made = load_tokenizer(smollm2_json(tmp_path), template=template)
+    pieces = [*letters(), "im", "ima", "imag", "image"]
+    merges = [("i", "m"), ("im", "a"), ("ima", "g"), ("imag", "e")]
+    words = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.save(str(tmp_path / "words.json"))
+    made = load_tokenizer(tmp_path / "words.json", template=template)
     turns = (Turn("user", ("What?",)), Turn("assistant", ("A cat.",)))
     path = tmp_path / "own.gvd"
     ingest([Source("own", [Row("0", turns)])], tokenizer=made, path=path, template=template)
     found = Dataset.open(path).tokenizer
-    assert found.specials == made.specials and made.specials["image"] >= 49_152
+    assert found.specials == made.specials and made.specials["image"] >= len(pieces)
     for token in found.specials.values():
         assert found.piece(token) == made.piece(token)
     to_tokenizer_json(found)
