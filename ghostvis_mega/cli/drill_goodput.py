@@ -34,7 +34,7 @@ def drill_goodput(
     seconds: Annotated[float, typer.Option(min=10, help="Of the whole drill.")] = 600.0,
     kill_every: Annotated[float, typer.Option(min=5, help="Seconds between kills.")] = 60.0,
     processes: Annotated[int, typer.Option(min=1, help="Ranks to start.")] = 2,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 25,
     folder: Annotated[Path | None, typer.Option(help="New folder to keep the run in.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,7 +60,8 @@ def _run(place: Path, *, seconds: float, kill_every: float, processes: int) -> i
     """All launches; returns the number of those that were killed."""
     began, launches = time.monotonic(), 0
     environment = {FOLDER_VARIABLE: str(place), "OMP_NUM_THREADS": "1"}
-    while (left := seconds - (time.monotonic() - began)) > 0:
+    # A launch that is killed while it still imports would leave no trace.
+    while (left := seconds - (time.monotonic() - began)) >= kill_every / 2:
         ranks = place / f"ranks{launches}"
         with started_ranks(
             ["-m", "ghostvis_mega", *sys.argv[1:]],

@@ -23,7 +23,7 @@ class StepMetrics:
     grad_norm: float
     """Global norm over all modules, before the clip."""
     skipped: bool
-    """True when the update was not applied (a gradient was not finite)."""
+    """True when the update was not applied: the loss or a gradient was not finite, or refused."""
     lr: dict[str, float]
     """By module, those that train only."""
     tokens: int
