@@ -56,9 +56,9 @@ def main() -> None:
             args=GRPOConfig(
                 output_dir=folder,
                 max_steps=args.steps,
-                per_device_train_batch_size=4,
-                num_generations=2,
-                max_completion_length=8,
+                per_device_train_batch_size=8,
+                num_generations=4,
+                max_completion_length=16,
                 learning_rate=1e-3,
                 use_cpu=args.cpu,
                 bf16=False,
