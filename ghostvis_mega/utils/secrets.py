@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 HIDDEN = "***"
 _NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_|$)",
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT|PAT|(API|ACCESS|PRIVATE)_?KEY)(_|$)",
     re.IGNORECASE,
 )
 _SHORTEST = 8

@@ -85,7 +85,7 @@ def visit(door: str, kit: Kit, folder: Path, *, content: bytes | None = None) ->
     (folder / "out").mkdir()
     own = folder / "000"
     own.mkdir()
-    return run_case(case, kit, own, doors=Careless(), limits=Limits(wall_s=10))
+    return run_case(case, kit, own, doors=Careless(), limits=Limits())
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ FAKE = {
     "WANDB_API_KEY": "fake0002fake0002fake0002",
     "AWS_SECRET_ACCESS_KEY": "Fake/0003+Fake/0003",
     "MY_DB_PASSWORD": "fake 0004 fake",
+    "SLURM_JWT": "fake0005.fake0005.fake0005",
 }
 RUN = """\
 model: {{preset: vlm_tiny}}

@@ -39,7 +39,7 @@ class Limits:
 
     cpu_s: float = 2.0
     memory_mib: float = 256.0
-    wall_s: float = 60.0
+    wall_s: float = 120.0
     """Then it hangs. CPU time is what is judged: it does not depend on what else runs."""
     message: int = 2000
     """Characters: a sentence, not the file."""
