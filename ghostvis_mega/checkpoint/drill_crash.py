@@ -140,7 +140,7 @@ class CrashDrill:
                     end = time.monotonic() + _TRIAL_S
                     while not shared[0] and time.monotonic() < end:
                         time.sleep(0.001)
-                    time.sleep(draw.uniform(0.0, 0.05))
+                    time.sleep(draw.uniform(0.0, 0.03))
                     forked.kill([draw.randrange(self.ranks)])
                 done, begun = shared[1], shared[0]
                 if not begun:

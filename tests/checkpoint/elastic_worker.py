@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.checkpoint import resharding
+from ghostvis_mega.checkpoint.rewrite import Target, reshard
 from ghostvis_mega.checkpoint.store import CheckpointStore
+from ghostvis_mega.config.schema import ParallelConfig
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.groups import build_groups, destroy_groups
@@ -32,6 +34,11 @@ BEFORE, AFTER = 2, 2
 FEW = {"data": {"packing": False}, "batch": {"micro_size": 2}}
 BF16 = {"train": {"precision": "bf16"}}
 TP2: dict[str, Any] = {"parallel": {"tensor": 2}}
+
+
+ANEW = ", cut anew"
+"""Of a source that `ckpt reshard` has written for other ranks before; worlds of one only."""
+FOR_SIX = Target(ParallelConfig(tensor=2, pipeline=3, last_stage_layers=2), world_size=6)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,12 @@ CASES = [
         1,
         1,
         {},
-        ("four tp2sp pp2 3+1 zero1", "four zero2 offloaded", "two pp2 interleaved zero2"),
+        (
+            "four tp2sp pp2 3+1 zero1",
+            "four zero2 offloaded",
+            "two pp2 interleaved zero2",
+            "two zero3, vision zero2, cut anew",
+        ),
         saves=False,
     ),
     Case("two bf16 tp2sp zero2", 2, 2, TP2 | BF16),
@@ -133,7 +145,9 @@ def visit(case: Case, engine: TrainEngine, folder: Path) -> dict[str, Any]:
         store_of(folder, case.name).save(engine, step=BEFORE, extra={})
         out["losses"] += steps(engine, BEFORE, AFTER)
     for source in case.sources:
-        found = store_of(folder, source).find("auto")
+        found = store_of(folder, source.removesuffix(ANEW)).find("auto")
+        if source.endswith(ANEW):
+            found = reshard(found, folder / "anew", FOR_SIX)
         state = store_of(folder, "unused").load(found, engine)
         again = store_of(folder, f"{case.name} from {source}")
         path = again.save(engine, step=state.step, extra={})

@@ -69,6 +69,11 @@ def test_one_flipped_byte_is_refused_on_all_ranks_before_it_is_used(results: dic
     assert damage["unchanged"] == [[], [], [], []]
 
 
+def test_all_ranks_fall_back_to_the_checkpoint_before(results: dict[str, Any]):
+    # The damaged one is neither used nor counted, nor deleted.
+    assert results["damage"]["fallback"] == [[2, 2, 3, 4]] * 4
+
+
 def test_a_run_that_trains_other_parts_is_refused_on_all_ranks(results: dict[str, Any]):
     (refusal,) = set(results["damage"]["layout"])
     assert "does not fit this run: model.connector.kind is perceiver_mlp in the che" in refusal

@@ -267,8 +267,29 @@ def damage(ranks: Ranks) -> None:
         "layout": layout,
         "write": write,
         "unchanged": ranks.everywhere(differing(before, weights_of(engine))),
+        "fallback": fallback(ranks, engine),
     }
     destroy_groups()
+
+
+def fallback(ranks: Ranks, engine: TrainEngine) -> list[list[int]]:
+    """Three saves in the background, the last damaged: the step from which each rank goes on, and
+    that of the checkpoint that a save after it leaves."""
+    store = CheckpointStore(ranks.folder / "fallback", keep=2)
+    for step in (1, 2, 3):
+        store.begin(engine, step=step, extra={})
+    store.wait()
+    file = store.folder.directory(3) / "vision-00000.safetensors"
+    if ranks.rank == 0:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    step = store.resume("auto", engine).step
+    store.begin(engine, step=4, extra={})
+    store.close()
+    left = [int(path.name[-1]) for path in store.folder.candidates()]
+    return ranks.everywhere([step, *left])
 
 
 def weights_alone(ranks: Ranks) -> None:
