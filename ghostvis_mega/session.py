@@ -159,7 +159,7 @@ class Training:
         start = state.restore(run.checkpoint)
         if run.checkpoint.save_every or run.checkpoint.save_at_end:
             store.prepare(engine)
-        observers = make_observers(run.log, rank=groups.rank)
+        observers = make_observers(run.log, rank=groups.rank, account=goodput.summary)
         previewer = None
         if heldout is not None and run.log.preview_steps and run.log.preview_samples:
             previewer = Previewer(engine, heldout, run)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostvis_mega.train.lines import append_line
+from ghostvis_mega.train.observers.base import Summary
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +193,8 @@ class Goodput:
         known = self.account.seconds["productive"] + self._parts.get("productive", 0.0)
         return known / wall if wall > 0 else 0.0
 
-    def summary(self) -> dict[str, Any]:
-        """`goodput`, and `goodput_seconds` by part."""
+    def summary(self) -> Summary:
+        """`goodput`, and `goodput_seconds` by part, up to the last line."""
         parts = {part: round(value, 2) for part, value in self.account.seconds.items()}
         return {"goodput": round(self.account.share, 4), "goodput_seconds": parts}
 

@@ -13,8 +13,10 @@ import pytest
 
 from ghostvis_mega.train.goodput import PARTS, Account, Goodput, read_account
 from ghostvis_mega.train.observers import Summary
+from ghostvis_mega.train.report import HtmlReport
 from ghostvis_mega.train.report.timing import draw_goodput
 from tests.launch import ROOT
+from tests.train.samples import make_run, make_step
 
 LAUNCH = """
 import json, sys, time
@@ -145,4 +147,17 @@ def test_the_report_shows_every_part_that_took_time() -> None:
     assert "Goodput 80.0 % of 1m40s" in page
     assert all(f">{name}<" in page for name in ("productive", "start-up", "lost"))
     assert ">restart<" not in page
-    assert draw_goodput(None) == draw_goodput(Summary(status="finished")) == ""
+    assert draw_goodput(Summary()) == draw_goodput(Summary(status="finished")) == ""
+
+
+def test_the_report_of_a_run_that_goes_on_has_it_too(tmp_path: Path) -> None:
+    goodput = Goodput(None)
+    report = HtmlReport(tmp_path / "index.html", every=1, account=goodput.summary)
+    report.on_start(make_run())
+    goodput.ready(start=11)
+    time.sleep(0.05)
+    goodput.step(12, seconds=0.04, data=0.01, skipped=False)
+    goodput.write()
+    report.on_step(make_step())
+    page = (tmp_path / "index.html").read_text()
+    assert "Where the time of the run went" in page and ">productive<" in page

@@ -1,6 +1,6 @@
 """The observers that a configuration asks for, as one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ghostvis_mega.config.schema import LogConfig
 from ghostvis_mega.train.metrics import StepMetrics
@@ -39,8 +39,15 @@ class Observers:
             member.on_end(summary)
 
 
-def make_observers(log: LogConfig, *, rank: int) -> Observers:
+def make_observers(
+    log: LogConfig, *, rank: int, account: Callable[[], Summary] | None = None
+) -> Observers:
     """Observers of this process: those of the settings on rank 0, none elsewhere.
+
+    Args:
+        log: Settings.
+        rank: Of this process.
+        account: Of the run's time up to now, for the report.
 
     Raises:
         MissingDependencyError: an optional package that the settings ask for is not installed.
@@ -51,7 +58,7 @@ def make_observers(log: LogConfig, *, rank: int) -> Observers:
     members: list[Observer] = [
         ConsoleLine(every=log.every),
         JsonLines(metrics),
-        HtmlReport(log.output / "report" / "index.html", history=metrics),
+        HtmlReport(log.output / "report" / "index.html", history=metrics, account=account),
     ]
     if log.tensorboard:
         members.append(TensorBoard(log.output / "tensorboard"))

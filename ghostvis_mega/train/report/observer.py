@@ -1,6 +1,7 @@
 """The observer that keeps what it is told and writes the report page."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ghostvis_mega.train.metrics import StepMetrics
@@ -23,12 +24,21 @@ class HtmlReport:
         path: the page, such as `OUTPUT/report/index.html`.
         every: steps between two writes; more when the run is so long that writing takes time.
         history: metrics file of the run; a resumed run's curves begin with what it holds.
+        account: gives `goodput` and `goodput_seconds` up to now.
     """
 
-    def __init__(self, path: Path, *, every: int = 50, history: Path | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        every: int = 50,
+        history: Path | None = None,
+        account: Callable[[], Summary] | None = None,
+    ):
         self._path = path
         self._every = every
         self._history = history
+        self._account = account
         self._previews = PreviewHistory(path.parent / "previews")
         self._data = ReportData(run={"total_steps": 0})
         self._not_before_s = 0.0
@@ -64,6 +74,8 @@ class HtmlReport:
 
     def _write(self) -> None:
         began_s = time.perf_counter()
+        if self._account is not None:
+            self._data.account = self._account()
         atomic_write(self._path, render_page(self._data).encode("utf-8"))
         ended_s = time.perf_counter()
         self._not_before_s = ended_s + COST_LIMIT * (ended_s - began_s)

@@ -26,6 +26,8 @@ class ReportData:
     steps: list[StepMetrics] = field(default_factory=list)
     previews: dict[int, list[Preview]] = field(default_factory=dict)
     summary: Summary | None = None
+    account: Summary = field(default_factory=Summary)
+    """Where the time went up to now: `goodput` and `goodput_seconds`, where they are known."""
 
 
 def render_page(data: ReportData) -> str:
@@ -35,7 +37,7 @@ def render_page(data: ReportData) -> str:
         draw_tiles(data.run, data.steps, data.summary),
         section("Curves", _charts(data.steps)),
         section("Where the time of a step goes", draw_timing(data.steps)),
-        section("Where the time of the run went", draw_goodput(data.summary)),
+        section("Where the time of the run went", draw_goodput(data.account)),
         section("What the model answers", draw_previews(data.previews)),
         section("Settings", _tables(data.run.get("settings", {}))),
         section("Versions", _versions(data.run.get("versions", {}))),

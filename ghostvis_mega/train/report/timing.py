@@ -39,12 +39,12 @@ def draw_timing(steps: list[StepMetrics]) -> str:
     return _bar(means, _CSS, hint=f"Mean step of rank 0: {duration(sum(means.values()))}")
 
 
-def draw_goodput(summary: Summary | None) -> str:
-    """All wall time since the first launch by part; empty while the run goes on."""
-    if summary is None or not any(summary.get("goodput_seconds", {}).values()):
+def draw_goodput(account: Summary) -> str:
+    """All wall time since the first launch by part; empty where it is not known."""
+    if not any(account.get("goodput_seconds", {}).values()):
         return ""
-    seconds = {name: value for name, value in summary["goodput_seconds"].items() if value > 0}
-    hint = f"Goodput {percent(summary['goodput'])} of {duration(sum(seconds.values()))}"
+    seconds = {name: value for name, value in account["goodput_seconds"].items() if value > 0}
+    hint = f"Goodput {percent(account['goodput'])} of {duration(sum(seconds.values()))}"
     return _bar(seconds, _GOODPUT_CSS, hint=hint)
 
 
