@@ -30,9 +30,8 @@ def run_charts(steps: list[StepMetrics]) -> list[Chart]:
         Chart("Useful tokens per second", _raw_and_smooth(steps, rate, "c3"), short_si, si),
     ]
     if any(math.isfinite(m.goodput) for m in steps):
-        share = [m.goodput for m in steps]
-        title = "Goodput: share of the time since the first launch"
-        charts.append(Chart(title, _raw_and_smooth(steps, share, "c4"), _number, "{:.3f}".format))
+        share = Series("goodput", [m.step for m in steps], [m.goodput for m in steps], "c4")
+        charts.append(Chart("Goodput since the first launch", (share,), _number, "{:.3f}".format))
     # One rank has nothing to share out and nobody to send to.
     if any(m.dispatch.get("sent_max", 0.0) > 0 for m in steps):
         imbalance = [m.dispatch.get("imbalance") or math.nan for m in steps]
