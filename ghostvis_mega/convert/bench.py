@@ -181,16 +181,11 @@ def _timed(what: str, source: Path, out: Path) -> Timed:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     command = [sys.executable, "-m", "ghostvis_mega.convert.bench", what, str(source), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    process.stdout.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise CheckpointError(f"{what} of {source} ended with {process.returncode}")
-    seconds, cpu_seconds = map(float, text.split())
-    return Timed(seconds=seconds, cpu_seconds=cpu_seconds, memory_gb=usage.ru_maxrss * 1024 / 1e9)
+    done = subprocess.run(command, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise CheckpointError(f"{what} of {source} ended with {done.returncode}")
+    seconds, cpu_seconds, memory = map(float, done.stdout.split())
+    return Timed(seconds=seconds, cpu_seconds=cpu_seconds, memory_gb=memory / 1e9)
 
 
 def _copy(source: Path, out: Path) -> None:
@@ -233,7 +228,17 @@ def main() -> None:
 
     began, worked = time.perf_counter(), time.process_time()
     _step(what, Path(source), Path(out))
-    sys.stdout.write(f"{time.perf_counter() - began} {time.process_time() - worked}\n")
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    sys.stdout.write(f"{seconds} {cpu_seconds} {_peak_memory()}\n")
+
+
+def _peak_memory() -> int:
+    """Greatest resident bytes of this process. `ru_maxrss` would count its parent's before it
+    began as well."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no VmHWM")
 
 
 if __name__ == "__main__":
