@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude, scratch
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.figures import Figure, at_most, measured
@@ -59,12 +58,12 @@ def bench_checkpoint(
     from ghostvis_mega.session import local_device, open_world
 
     with (
-        tempfile.TemporaryDirectory(prefix="ghostvis-bench-", dir=out) as own,
+        scratch("bench", out) as own,
         contextlib.redirect_stdout(sys.stderr),  # DeepSpeed prints what it builds
         open_world(run, device=local_device(run)) as world,
     ):
         folder = on_every_rank(lambda: own)[0]
-        rows = _measure(run, world, Path(folder), saves=saves, steps=steps)
+        rows = _measure(run, world, folder, saves=saves, steps=steps)
     conclude(rows, title=f"checkpoints of {config}", as_json=as_json, show=rank == 0)
 
 

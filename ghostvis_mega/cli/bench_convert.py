@@ -1,12 +1,11 @@
 """`ghostvis bench convert`: models of the true shapes from Hugging Face to ours and back."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude, scratch
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.figures import Figure
 from ghostvis_mega.utils.logging import setup_logging
@@ -40,10 +39,10 @@ def bench_convert(
     rows: list[Figure] = []
     try:
         for name in model or MODELS:
-            with tempfile.TemporaryDirectory(prefix="ghostvis-bench-", dir=folder) as place:
+            with scratch("bench", folder) as place:
                 rows += bench_model(
                     name,
-                    Path(place),
+                    place,
                     rounds=rounds,
                     progress=lambda text: typer.echo(text, err=True),
                 )

@@ -1,14 +1,13 @@
 """`ghostvis bench generate`: our generation against transformers' on the same weights."""
 
 import logging
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude, scratch
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -69,8 +68,8 @@ def bench_generate(
         fused=fused,
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="ghostvis-bench-", dir=folder) as place:
-            rows = bench_generate_rows(plan, Path(place))
+        with scratch("bench", folder) as place:
+            rows = bench_generate_rows(plan, place)
     except GhostVisError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS) from None

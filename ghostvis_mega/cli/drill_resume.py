@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from ghostvis_mega.cli.check import DeviceName
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude, scratch
+from ghostvis_mega.train.preflight import load_checked
+from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.figures import Figure, at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -51,6 +52,15 @@ class Job:
     timeout_s: float
     """Of each start."""
 
+    def check(self) -> None:
+        """End with one sentence where the run cannot be, before any rank is started."""
+        try:
+            overrides = self.overrides("whole", save_every=0)
+            load_checked(self.config, overrides, world_size=self.processes)
+        except ConfigError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(EXIT_WRONG_SETTINGS) from None
+
     def checkpoint(self, run: str, steps: int) -> Path:
         """Of one of the two runs."""
         return self.folder / run / "checkpoints" / f"step-{steps:08d}"
@@ -58,6 +68,7 @@ class Job:
     def overrides(self, run: str, *, save_every: int) -> list[str]:
         """What the drill sets beside the case's own settings."""
         return [
+            "optim.warmup_steps=1",  # of the few steps; a case may say otherwise
             *self.settings,
             f"train.steps={2 * self.steps}",
             "train.deterministic=true",
@@ -92,7 +103,7 @@ def drill_resume(
         # each rank imports for itself.
         import ghostvis_mega.session  # noqa: F401
     rows: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="ghostvis-drill-", dir=out) as folder:
+    with scratch("drill", out) as folder:
         for number, text in enumerate(case or ["as it is:"]):
             name, colon, settings = text.partition(":")
             if not colon:
@@ -101,11 +112,12 @@ def drill_resume(
             job = Job(
                 config=config,
                 settings=tuple(settings.split()),
-                folder=Path(folder) / str(number),
+                folder=folder / str(number),
                 processes=processes,
                 steps=steps,
                 timeout_s=timeout_s,
             )
+            job.check()
             job.folder.mkdir()
             rows += [{**row, "name": f"{name}: {row['name']}"} for row in _drill(job, fault=fault)]
     conclude(rows, title="N + kill + N against 2 N", as_json=as_json)
@@ -171,8 +183,6 @@ def _kill_after_save(job: Job, action: Any) -> int:
 def _train(config: Path, overrides: Sequence[str], rank: int) -> str:
     """One rank of a run."""
     setup_logging(rank=rank)
-    from ghostvis_mega.train.preflight import load_checked
-
     run = load_checked(config, overrides, world_size=int(os.environ["WORLD_SIZE"]))
     from ghostvis_mega.session import Training, local_device, open_world
 

@@ -1,7 +1,10 @@
 """What commands share: exit codes and tables."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +34,15 @@ def print_rows(rows: Sequence[Figure], *, title: str, as_json: bool) -> None:
         bar = "" if row["bar"] is None else f"{row['bar']:g}"
         table.add_row(row["name"], value, row["unit"], bar, verdict)
     Console().print(table)
+
+
+@contextmanager
+def scratch(kind: str, under: Path | None) -> Iterator[Path]:
+    """A folder that is deleted at the end, in `under` (made if it is not there) or the system's."""
+    if under is not None:
+        under.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"ghostvis-{kind}-", dir=under) as folder:
+        yield Path(folder)
 
 
 def conclude(

@@ -22,6 +22,9 @@ from ghostvis_mega.engine.holder import Holder
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
 from ghostvis_mega.engine.optimizer import build_adamw, host_threads, parameter_groups
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.utils.logging import adopt_deepspeed_logger
+
+adopt_deepspeed_logger()
 
 
 @contextlib.contextmanager

@@ -88,13 +88,20 @@ def setup_logging(*, rank: int, verbose: bool = False, stream: TextIO | None = N
     logging.captureWarnings(True)
     for message, category, module in CHATTER:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
-    # Once imported, DeepSpeed's logger has a handler of its own; only ours decides.
-    deepspeed = logging.getLogger("DeepSpeed")
-    deepspeed.handlers.clear()
-    deepspeed.propagate = True
+    adopt_deepspeed_logger()
     _quieten("DeepSpeed", others)
     # Says on every import, on machines without a GPU, that there is no GPU.
     _quieten("torch.utils.cpp_extension", logging.ERROR)
+
+
+def adopt_deepspeed_logger() -> None:
+    """Take away the handler that DeepSpeed's import gives its logger.
+
+    It would write to standard output, between what a command prints there; only ours decides.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 def _quieten(name: str, level: int) -> None:

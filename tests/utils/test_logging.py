@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ghostvis_mega.utils.environment import package_versions
-from ghostvis_mega.utils.logging import RankHandler, setup_logging
+from ghostvis_mega.utils.logging import RankHandler, adopt_deepspeed_logger, setup_logging
 
 OURS = "ghostvis_mega.somewhere"
 
@@ -98,3 +98,14 @@ def test_versions_name_what_is_installed_only() -> None:
     assert versions["torch"]
     assert versions["python"].startswith("3.")
     assert all(versions.values())
+
+
+def test_a_handler_that_deepspeeds_import_brings_is_taken_away() -> None:
+    stream, own = io.StringIO(), io.StringIO()
+    setup_logging(rank=0, stream=stream)
+    logger = logging.getLogger("DeepSpeed")
+    logger.addHandler(logging.StreamHandler(own))
+    logger.propagate = False
+    adopt_deepspeed_logger()
+    logger.warning("memory pressure")
+    assert "memory pressure" in stream.getvalue() and not own.getvalue()
