@@ -13,6 +13,7 @@ import torch
 from ghostvis_mega.config.schema import ModelConfig
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.kernels import Kernels
+from ghostvis_mega.generate.memory import memory_told
 from ghostvis_mega.generate.pictures import PictureEncoder
 from ghostvis_mega.generate.rows import GPU_WINDOW, Rows
 from ghostvis_mega.generate.sampling import Modes, Sampling, SamplingError
@@ -103,6 +104,16 @@ def expanded_length(request: Request, model: ModelConfig, image_token: int | Non
     return len(request.tokens) + places * (model.tokens_per_image - 1)
 
 
+@dataclass(frozen=True)
+class _Wave:
+    """Answers to one request that begin together; they share a prefill."""
+
+    request: int
+    first: int
+    """Number of the first of them among the request's n."""
+    rows: list[int]
+
+
 @dataclass
 class _Answer:
     """One answer in the making."""
@@ -182,6 +193,7 @@ class Engine:
         """Decode with other kernels from now on; what was recorded is forgotten."""
         self.decoder.kernels, self.graphs, self._rows = kernels, graphs, None
 
+    @memory_told()
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], *, on_text: OnText | None = None
@@ -195,6 +207,7 @@ class Engine:
         Raises:
             SamplingError: A request that the model cannot be asked; says which and why.
             ImageError: A picture that cannot be read.
+            OutOfMemory: So many rows of such length do not fit.
         """
         for number, request in enumerate(requests):
             problem = request_problem(
@@ -205,17 +218,23 @@ class Engine:
         state = self._state(requests)
         # A call that an error ended may have left some running.
         state.stop(list(range(state.count)))
-        waiting = deque(range(len(requests)))
+        waiting = deque((number, 0) for number in range(len(requests)))
         free = list(range(state.count))
         active: dict[int, _Answer] = {}
-        done: list[list[Completion | None]] = [[None] * r.sampling.n for r in requests]
+        done: list[dict[int, Completion]] = [{} for _ in requests]
         while waiting or active:
-            admitted: list[tuple[int, list[int]]] = []
-            while waiting and requests[waiting[0]].sampling.n <= len(free):
-                number = waiting.popleft()
-                count = requests[number].sampling.n
-                admitted.append((number, free[:count]))
+            admitted: list[_Wave] = []
+            while waiting:
+                number, first = waiting[0]
+                left = requests[number].sampling.n - first
+                count = min(left, state.count)
+                if count > len(free):
+                    break
+                waiting.popleft()
+                admitted.append(_Wave(number, first, free[:count]))
                 free = free[count:]
+                if count < left:
+                    waiting.appendleft((number, first + count))
             active |= self._admit(state, requests, admitted)
             self._settle(state, active, free, done, on_text)
             if not active:
@@ -227,21 +246,22 @@ class Engine:
                     if answer.reason is None:
                         answer.add(token, logprob, self.codec)
             self._settle(state, active, free, done, on_text)
-        return [[c for c in answers if c is not None] for answers in done]
+        return [[answers[sample] for sample in sorted(answers)] for answers in done]
 
     def _state(self, requests: Sequence[Request]) -> Rows:
         """Rows that are large enough; those of the last call, where they are."""
         most = self.model.llm.max_positions
         total = sum(request.sampling.n for request in requests)
-        largest = max((request.sampling.n for request in requests), default=1)
-        rows = max(largest, min(total, self.max_rows), 1)
-        lengths = [
-            min(self._length(request) + request.sampling.max_tokens, most) for request in requests
+        prompts = [self._length(request) for request in requests]
+        rooms = [
+            min(request.sampling.max_tokens, most - length)
+            for request, length in zip(requests, prompts, strict=True)
         ]
+        whole = (length + room for length, room in zip(prompts, rooms, strict=True))
         needed = {
-            "rows": rows,
-            "length": max(lengths, default=1),
-            "draws": max((request.sampling.max_tokens for request in requests), default=1),
+            "rows": max(min(total, self.max_rows), 1),
+            "length": max(whole, default=1),
+            "draws": max(rooms, default=1),
         }
         if self._rows is None or not self._rows.fits(**needed):
             # The old rows' memory first: both may not fit.
@@ -260,17 +280,17 @@ class Engine:
         return expanded_length(request, self.model, self.image_token)
 
     def _admit(
-        self, state: Rows, requests: Sequence[Request], admitted: list[tuple[int, list[int]]]
+        self, state: Rows, requests: Sequence[Request], admitted: list[_Wave]
     ) -> dict[int, _Answer]:
         """Prefill prompts, the similarly long together, and take the first tokens."""
         started: dict[int, _Answer] = {}
-        order = sorted(admitted, key=lambda item: self._length(requests[item[0]]))
+        order = sorted(admitted, key=lambda wave: self._length(requests[wave.request]))
         while order:
             # Sorted: the last of a group is its longest.
             size = 1
             while (
                 size < len(order)
-                and (size + 1) * self._length(requests[order[size][0]]) <= _PREFILL_TOKENS
+                and (size + 1) * self._length(requests[order[size].request]) <= _PREFILL_TOKENS
             ):
                 size += 1
             started |= self._prefill(state, requests, order[:size])
@@ -278,29 +298,29 @@ class Engine:
         return started
 
     def _prefill(
-        self, state: Rows, requests: Sequence[Request], group: list[tuple[int, list[int]]]
+        self, state: Rows, requests: Sequence[Request], group: list[_Wave]
     ) -> dict[int, _Answer]:
-        chosen = [requests[number] for number, _ in group]
+        chosen = [requests[wave.request] for wave in group]
         lengths = [self._length(request) for request in chosen]
         hidden_BSH = self._embed(chosen, max(lengths))
-        firsts = [rows[0] for _, rows in group]
+        firsts = [wave.rows[0] for wave in group]
         hidden_BSH = self.decoder.prefill(hidden_BSH, state.cache, firsts)
         ends = torch.tensor(lengths, device=hidden_BSH.device) - 1
         prompts = torch.arange(len(group), device=hidden_BSH.device)
         scores_BV = self.decoder.logits(hidden_BSH[prompts, ends])
         places, rows, row_lengths, samplings, answers = [], [], [], [], []
         most = self.model.llm.max_positions
-        for place, (number, own) in enumerate(group):
-            request, length = chosen[place], lengths[place]
+        for place, wave in enumerate(group):
+            request, length, own = chosen[place], lengths[place], wave.rows
             if own[1:]:
                 state.cache.copy_row(own[0], own[1:], length)
-            for sample, row in enumerate(own):
+            for sample, row in enumerate(own, wave.first):
                 places.append(place)
                 rows.append(row)
                 row_lengths.append(length)
                 samplings.append((request.sampling, sample, list(request.tokens)))
                 room = min(request.sampling.max_tokens, most - length)
-                answers.append(_Answer(number, sample, request.sampling, room))
+                answers.append(_Answer(wave.request, sample, request.sampling, room))
         tokens, logprobs = state.start(rows, row_lengths, samplings, scores_BV[places])
         for answer, token, logprob in zip(answers, tokens, logprobs, strict=True):
             answer.add(token, logprob, self.codec)
@@ -334,7 +354,7 @@ class Engine:
         state: Rows,
         active: dict[int, _Answer],
         free: list[int],
-        done: list[list[Completion | None]],
+        done: list[dict[int, Completion]],
         on_text: OnText | None,
     ) -> None:
         """Report what came, and give back the rows of answers that have ended."""

@@ -13,6 +13,7 @@ from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.engine import LoadedModel
 from ghostvis_mega.generate.kernels import Kernels, TorchKernels
+from ghostvis_mega.generate.memory import memory_told
 from ghostvis_mega.generate.pictures import DEFAULT_CACHE_BYTES, EmbeddingCache, PictureEncoder
 from ghostvis_mega.generate.ranks import Ranks
 from ghostvis_mega.generate.weights import ModelSource, open_model
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@memory_told()
 def load_model(
     path: Path,
     *,
@@ -46,6 +48,7 @@ def load_model(
 
     Raises:
         CheckpointError: It is no sound model.
+        OutOfMemory: It does not fit.
     """
     began = time.perf_counter()
     with open_model(path, check=check) as source:

@@ -99,6 +99,7 @@ class PictureEncoder:
         missing: dict[str, bytes] = {}
         for key, data in zip(keys, pictures, strict=True):
             if key in found or key in missing:
+                self.cache.statistics.hits += 1
                 continue
             held = self.cache.get(key)
             if held is None:

@@ -69,7 +69,8 @@ def read_prompts(path: Path, *, system: str | None, sampling: Sampling) -> Itera
         DataError: The file cannot be read or a line is broken; names it.
     """
     try:
-        lines = read_small(path, limit=LARGEST_INPUT).decode("utf-8").splitlines()
+        # At line feeds alone: JSON texts may hold the other ends of lines that Python knows.
+        lines = read_small(path, limit=LARGEST_INPUT).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     found = 0
@@ -94,11 +95,11 @@ def _from_row(
         raise DataError(f"{where}: images is no list of file names")
     files = tuple(path.parent / name for name in images)
     options = {key: row[key] for key in row.keys() & _OPTIONS}
-    if isinstance(options.get("stop"), list):
-        options["stop"] = tuple(options["stop"])
+    if isinstance(stop := options.get("stop"), list | str):
+        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     try:
         sampling = replace(sampling, **options)
-    except (TypeError, SamplingError) as error:
+    except SamplingError as error:
         raise DataError(f"{where}: {error}") from error
     own = row.get("system", system)
     if "messages" in row:

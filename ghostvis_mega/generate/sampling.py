@@ -17,6 +17,12 @@ from ghostvis_mega.utils.errors import GhostVisError
 _BITS = 32
 
 
+LEAST, MOST = 1e-6, 1e6
+"""Of numbers that scores are divided by: beyond them fp32 has no sound quotient."""
+_WHOLE = ("max_tokens", "top_k", "seed", "n")
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
 class SamplingError(GhostVisError, ValueError):
     """A sampling option that cannot be."""
 
@@ -51,16 +57,21 @@ class Sampling:
     ignore_end: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, good, rule in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or LEAST <= self.temperature <= MOST,
+                f"0 (the best token) or from {LEAST:g} to {MOST:g}",
+            ),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             (
                 "repetition_penalty",
-                0 < self.repetition_penalty < float("inf"),
-                "above 0 (1 changes nothing)",
+                LEAST <= self.repetition_penalty <= MOST,
+                f"from {LEAST:g} to {MOST:g} (1 changes nothing)",
             ),
             ("seed", self.seed >= 0, "0 or more"),
             ("n", self.n >= 1, "at least 1"),
@@ -69,11 +80,29 @@ class Sampling:
             if not good:
                 raise SamplingError(f"{name}={getattr(self, name)!r} cannot be: it must be {rule}")
 
-    def draws(self, sample: int) -> torch.Tensor:
-        """Numbers in [0, 1), float64 [max_tokens], of one of the n answers."""
+    def _check_types(self) -> None:
+        """What comes from a file may be anything; True is no number here."""
+        texts = isinstance(self.stop, tuple) and all(isinstance(text, str) for text in self.stop)
+        kinds = {
+            **dict.fromkeys(_WHOLE, (int, "a whole number")),
+            **dict.fromkeys(_REAL, (int | float, "a number")),
+        }
+        checks = [
+            (name, isinstance(value := getattr(self, name), kind) and value is not True
+             and value is not False, rule)
+            for name, (kind, rule) in kinds.items()
+        ]  # fmt: skip
+        checks.append(("stop", texts, "a text or a list of texts"))
+        checks.append(("ignore_end", isinstance(self.ignore_end, bool), "true or false"))
+        for name, good, rule in checks:
+            if not good:
+                raise SamplingError(f"{name}={getattr(self, name)!r} cannot be: it must be {rule}")
+
+    def draws(self, sample: int, count: int) -> torch.Tensor:
+        """The first numbers in [0, 1), float64 [count], of one of the n answers."""
         bits = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, sample])))
         # Of few enough bits that no product with a sum of probabilities rounds up to the sum.
-        drawn = bits.integers(0, 1 << _BITS, self.max_tokens, dtype=np.uint64)
+        drawn = bits.integers(0, 1 << _BITS, count, dtype=np.uint64)
         return torch.from_numpy(drawn.astype(np.float64) / (1 << _BITS))
 
 
@@ -120,11 +149,14 @@ class RowOptions:
         """Fill a row for one answer."""
         device = self.top_k_R.device
         self.temperature_R[row] = sampling.temperature
-        self.top_k_R[row] = sampling.top_k or self.seen_RV.shape[1]
-        self.top_p_R[row] = sampling.top_p
+        vocab = self.seen_RV.shape[1]
+        self.top_k_R[row] = min(sampling.top_k or vocab, vocab)
+        # Above 0 in fp32 as well, or not even the best token would be left.
+        self.top_p_R[row] = max(sampling.top_p, torch.finfo(torch.float32).tiny)
         self.min_p_R[row] = sampling.min_p
         self.penalty_R[row] = sampling.repetition_penalty
-        self.draws_RM[row, : sampling.max_tokens] = sampling.draws(sample).to(device)
+        count = min(sampling.max_tokens, self.draws_RM.shape[1])
+        self.draws_RM[row, :count] = sampling.draws(sample, count).to(device)
         self.seen_RV[row] = False
         if sampling.repetition_penalty != 1:
             self.seen_RV[row, torch.tensor(prompt, device=device)] = True

@@ -278,4 +278,9 @@ def parse_json_line(line: str, *, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} is no JSON object")
+    try:
+        # What cannot be written beside its answer is no prompt.
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half of a surrogate pair, which is no text") from error
     return value

@@ -23,6 +23,8 @@ from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.generate.bench import PRESETS, Plan, make_model
 from ghostvis_mega.generate.load import preparation_note
+from ghostvis_mega.generate.prompts import read_prompts
+from ghostvis_mega.generate.sampling import Sampling
 from ghostvis_mega.generate.text import HuggingFaceText, TextStream, TrainingText, open_text
 from ghostvis_mega.generate.weights import open_model
 from tests.generate.models import png
@@ -199,6 +201,13 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
         ('{"images": []}', "give one of prompt and messages"),
         ('{"prompt": "x", "images": "a.png"}', "images is no list"),
         ('{"prompt": "x", "n": 0}', "n=0 cannot be"),
+        ('{"prompt": "x", "n": true}', "n=True cannot be"),
+        ('{"prompt": "x", "max_tokens": 1.5}', "max_tokens=1.5 cannot be: it must be a whole"),
+        ('{"prompt": "x", "temperature": NaN}', "temperature=nan cannot be"),
+        ('{"prompt": "x", "stop": [1]}', "stop=(1,) cannot be: it must be a text or a list"),
+        ('{"prompt": "x", "stop": 5}', "stop=5 cannot be"),
+        ('{"prompt": "x", "stop": ""}', "stop=('',) cannot be"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content is neither"),
         ('{"messages": [{"role": "user", "content": "x"}], "images": ["a"]}', "show 0 images, 1"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "conversation"),
@@ -208,6 +217,15 @@ def test_a_broken_line_is_named(model, data, tmp_path, line: str, sentence: str)
     (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
     code, _, err = run(model[0], "--data", data, "--input", tmp_path / "in.jsonl")
     assert code == 2 and sentence in err and "in.jsonl, line 2" in err
+
+
+def test_a_stop_text_is_one_text_and_lines_end_at_line_feeds(tmp_path):
+    rows = [{"prompt": "a\u2028b\u0085c", "stop": "qx"}, {"prompt": "d", "stop": ["q", "x"]}]
+    path = tmp_path / "in.jsonl"
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    found = list(read_prompts(path, system=None, sampling=Sampling()))
+    assert [prompt.sampling.stop for prompt in found] == [("qx",), ("q", "x")]
+    assert [prompt.asked["prompt"] for prompt in found] == ["a\u2028b\u0085c", "d"]
 
 
 def test_models_that_cannot_answer_are_named(model, data, tmp_path):

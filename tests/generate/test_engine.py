@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.engine import Completion, Engine
+from ghostvis_mega.generate.memory import OutOfMemory
 from ghostvis_mega.generate.pictures import EmbeddingCache
 from ghostvis_mega.generate.sampling import Modes, RowOptions, Sampling, SamplingError, choose
 from ghostvis_mega.parallel.groups import Groups
@@ -109,6 +110,36 @@ def test_n_answers_share_one_prefill(made: Made, monkeypatch: pytest.MonkeyPatch
     assert len({own.tokens for own in greedy}) == 1
 
 
+def test_more_answers_than_rows_come_in_waves(made: Made):
+    engine, small = (engine_of(made["llava-siglip"][0], max_rows=rows) for rows in (8, 3))
+    settings = {"max_tokens": 4, "temperature": 1.0, "seed": 3, "n": 7}
+    wanted = answers(engine, prompts=[2, 0], **settings)
+    found = answers(small, prompts=[2, 0], **settings)
+    assert small._rows.count == 3 and [len(own) for own in found] == [7, 7]
+    assert [[c.tokens for c in own] for own in found] == [[c.tokens for c in own] for own in wanted]
+    assert len({c.tokens for c in found[0]}) == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": 10**15}, {"top_k": 10**30}, {"top_p": 1e-50}, {"temperature": 1e-6}],
+    ids=str,
+)
+def test_extreme_numbers_still_draw_sound_tokens(made: Made, options):
+    engine = engine_of(made["qwen2"][0])
+    sane = {"top_p": 1e-3} if "top_p" in options or "temperature" in options else {}
+    base = {"temperature": 1.0, "seed": 2, "max_tokens": 1000}
+    wanted = answers(engine, prompts=[0], **base | sane)[0][0]
+    found = answers(engine, prompts=[0], **base | options)[0][0]
+    assert found.tokens == wanted.tokens and math.isfinite(sum(found.logprobs))
+
+
+def test_memory_that_runs_out_is_told(made: Made):
+    engine = engine_of(made["qwen2"][0], max_rows=1 << 36)
+    with pytest.raises(OutOfMemory, match="fewer --rows"):
+        answers(engine, prompts=[0], n=1 << 36)
+
+
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_seed_gives_the_same_tokens_in_any_company(made: Made, window: int):
     engine = engine_of(made["llava-siglip"][0], window=window)
@@ -170,11 +201,12 @@ def test_a_picture_is_encoded_once(made: Made):
     engine = engine_of(made["llava-siglip"][0])
     first = answers(engine, prompts=[1, 2], max_tokens=2)
     statistics = engine.pictures.cache.statistics
-    assert (statistics.misses, statistics.hits, statistics.held) == (3, 0, 3)
+    # One of the four is shown twice.
+    assert (statistics.misses, statistics.hits, statistics.held) == (3, 1, 3)
     each = engine.model.tokens_per_image * engine.model.llm.hidden_size * 4
     assert statistics.held_bytes == 3 * each
     again = answers(engine, prompts=[1, 2], max_tokens=2)
-    assert (statistics.misses, statistics.hits) == (3, 3) and statistics.hit_rate == 0.5
+    assert (statistics.misses, statistics.hits) == (3, 5) and statistics.hit_rate == 5 / 8
     assert [own[0].tokens for own in first] == [own[0].tokens for own in again]
     # Room for two: the one longest unused goes.
     small = engine_of(made["llava-siglip"][0])
@@ -233,8 +265,9 @@ def test_draws_follow_transformers_probabilities(sampling: Sampling):
 
 
 def test_draws_are_spread_evenly_and_differ():
-    sampling = Sampling(max_tokens=20_000, seed=1)
-    one, other = sampling.draws(0), sampling.draws(1)
+    sampling = Sampling(seed=1)
+    one, other = sampling.draws(0, 20_000), sampling.draws(1, 20_000)
+    assert torch.equal(sampling.draws(0, 7), one[:7])
     assert abs(float(one.mean()) - 0.5) < 0.01 and one.min() >= 0 and one.max() < 1
     assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.03
 
@@ -249,8 +282,23 @@ def test_draws_are_spread_evenly_and_differ():
         ("top_p", 1.5),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
+        ("temperature", 1e-40),
+        ("temperature", 1e300),
+        ("temperature", math.nan),
+        ("temperature", True),
+        ("temperature", "1"),
+        ("max_tokens", 1.5),
+        ("top_k", 2.5),
+        ("top_p", None),
+        ("seed", 1.5),
+        ("n", True),
         ("n", 0),
         ("stop", ("",)),
+        ("stop", "qx"),
+        ("stop", ("a", 1)),
+        ("stop", 5),
+        ("ignore_end", 1),
     ],
 )
 def test_options_that_cannot_be_are_named(field: str, value):
