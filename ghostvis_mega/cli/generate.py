@@ -40,6 +40,7 @@ differs, or "messages" instead of "prompt".
 Exit code: 0 answered, 2 something that was asked cannot be.
 """
 
+DEFAULT_TEMPLATE = "chatml"
 _TIMEOUT_S = 6 * 3600.0
 Texts = list[str]
 
@@ -120,7 +121,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Tokens and log-probs.")] = False,
     data: Annotated[Path | None, typer.Option(help="Dataset with the tokenizer.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer file.")] = None,
-    template: Annotated[str, typer.Option(help="Chat template, for --tokenizer.")] = "chatml",
+    template: Annotated[str, typer.Option(help="For --tokenizer.")] = DEFAULT_TEMPLATE,
     assets: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer.")] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU, if there is one.")] = Device.auto,
     precision: Annotated[Precision, typer.Option(help="auto: bf16 on a GPU.")] = Precision.auto,
@@ -173,6 +174,28 @@ def _check_combination(asked: _Asked) -> None:
             "--image",
             "name pictures in the lines of --input",
         ),
+        (
+            asked.logprobs and not asked.as_json and asked.output is None,
+            "--logprobs",
+            "are written by --json or into --output",
+        ),
+        (
+            sum(x is not None for x in (asked.data, asked.tokenizer, asked.assets)) > 1,
+            "--tokenizer",
+            "give one of --data, --tokenizer and --assets",
+        ),
+        (
+            asked.template != DEFAULT_TEMPLATE and asked.tokenizer is None,
+            "--template",
+            "is for --tokenizer; others bring their own",
+        ),
+        (
+            asked.input_ is not None
+            and asked.output is not None
+            and asked.input_.resolve() == asked.output.resolve(),
+            "--output",
+            "is the file of --input; its prompts would be lost",
+        ),
     ):
         if wrong:
             raise typer.BadParameter(sentence, param_hint=name)
@@ -181,6 +204,7 @@ def _check_combination(asked: _Asked) -> None:
 def _read(asked: _Asked) -> "tuple[ModelText, list[Prompt], list[Request]]":
     """Everything that can be wrong, before a weight is read."""
     from ghostvis_mega.convert.assets import Assets
+    from ghostvis_mega.generate.decoder import check_ranks
     from ghostvis_mega.generate.prompts import make_prompt, make_requests, read_prompts
     from ghostvis_mega.generate.sampling import Sampling
     from ghostvis_mega.generate.text import open_text
@@ -208,9 +232,30 @@ def _read(asked: _Asked) -> "tuple[ModelText, list[Prompt], list[Request]]":
     if asked.output is not None:
         prepare_output(asked.output)
     model = config_of(asked.path)
+    check_ranks(model.llm, asked.tensor)
+    _check_gpus(asked)
     source = Assets(asked.data, asked.tokenizer, asked.template, asked.assets)
     text = open_text(asked.path, source)
     return text, prompts, make_requests(prompts, text, model, raw=asked.raw)
+
+
+def _check_gpus(asked: _Asked) -> None:
+    """Raise where a rank would have no GPU.
+
+    Raises:
+        GhostVisError: Says how many there are.
+    """
+    if not asked.on_gpu:
+        return
+    import torch
+
+    started = "RANK" in os.environ
+    needed = int(os.environ.get("LOCAL_RANK", "0")) + 1 if started else asked.tensor
+    if (found := torch.cuda.device_count()) < needed:
+        raise GhostVisError(
+            f"--device {asked.device.value} with --tensor {asked.tensor} needs {needed} NVIDIA "
+            f"GPU{'s'[: needed > 1]} here, torch finds {found}: use --device cpu or fewer ranks"
+        )
 
 
 def _answer(

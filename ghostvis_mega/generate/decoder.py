@@ -56,6 +56,20 @@ class KVCache:
             cache[:, targets, :, :length] = cache[:, source : source + 1, :, :length]
 
 
+def check_ranks(llm: LLMConfig, size: int) -> None:
+    """Raise where so many ranks cannot share a model.
+
+    Raises:
+        CheckpointError: Names the field that they do not divide.
+    """
+    for field in ("num_kv_heads", "ffn_hidden_size"):
+        if getattr(llm, field) % size:
+            raise CheckpointError(
+                f"--tensor {size} does not divide model.llm.{field}={getattr(llm, field)}: use "
+                "fewer ranks"
+            )
+
+
 class Decoder:
     """A language model.
 
@@ -84,12 +98,7 @@ class Decoder:
         self.llm, self.device, self.dtype = llm, device, dtype
         self.ranks: Ranks = ranks or Alone()
         self.kernels: Kernels = kernels or TorchKernels()
-        for field in ("num_kv_heads", "ffn_hidden_size"):
-            if getattr(llm, field) % self.ranks.size:
-                raise CheckpointError(
-                    f"--tensor {self.ranks.size} does not divide model.llm.{field}="
-                    f"{getattr(llm, field)}: use fewer ranks"
-                )
+        check_ranks(llm, self.ranks.size)
         self.num_groups = llm.num_kv_heads // self.ranks.size
         self.queries = llm.num_heads // llm.num_kv_heads
         self.embedding_VH = self._vocabulary(read("embedding.weight"))

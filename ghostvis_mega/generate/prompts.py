@@ -102,7 +102,13 @@ def _from_row(
     except SamplingError as error:
         raise DataError(f"{where}: {error}") from error
     own = row.get("system", system)
+    if own is not None and not isinstance(own, str):
+        raise DataError(f"{where}: system is {own!r}, but it must be a text")
     if "messages" in row:
+        if own is not None:
+            raise DataError(
+                f"{where}: a system text beside messages has no place: make it their first message"
+            )
         turns = _turns(row["messages"], where=where)
         if sum(turn.num_images for turn in turns) != len(files):
             raise DataError(
@@ -110,8 +116,8 @@ def _from_row(
                 f"{len(files)} came with them"
             )
         return Prompt(where, turns, files, sampling, row)
-    if not isinstance(row["prompt"], str) or not (own is None or isinstance(own, str)):
-        raise DataError(f"{where}: prompt and system are texts")
+    if not isinstance(row["prompt"], str):
+        raise DataError(f"{where}: prompt is {row['prompt']!r}, but it must be a text")
     made = make_prompt(row["prompt"], images=files, system=own, sampling=sampling, where=where)
     return replace(made, asked=row)
 
@@ -159,6 +165,12 @@ def make_requests(
     for prompt in prompts:
         if raw and len(prompt.turns) != 1:
             raise DataError(f"{prompt.where}: --raw takes text alone, no system and no messages")
+        # Before the template: those of text models know no pictures, each fails in its own way.
+        if prompt.images and not model.tokens_per_image:
+            raise DataError(
+                f"{prompt.where}: {len(prompt.images)} image{'s'[: len(prompt.images) > 1]} came "
+                "with the prompt, but the model has no vision tower"
+            )
         try:
             tokens = text.plain(prompt.turns[0].parts) if raw else text.prompt(prompt.turns)
         except DataError as error:

@@ -19,6 +19,15 @@ from ghostvis_mega.utils.errors import CheckpointError, DataError
 PLACEHOLDER = "<|image|>"
 """Marks a picture in prompts, whatever the model's own piece is."""
 _ANSWER = "x"
+_TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What the expressions of a template can raise, beside the template language's own errors."""
 
 
 class ModelText(ABC):
@@ -158,8 +167,10 @@ class HuggingFaceText(ModelText):
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except jinja2.TemplateError as error:
-            raise DataError(f"{self._folder}: its chat template fails: {error}") from error
+        except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
+            raise DataError(
+                f"{self._folder}: its chat template fails: {error or type(error).__name__}"
+            ) from error
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def plain(self, parts: Sequence[str | ImagePart]) -> list[int]:
@@ -210,11 +221,14 @@ def _stops(folder: Path) -> list[int]:
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
     value = _optional_json(folder / "chat_template.json").get("chat_template")
     value = value or settings.get("chat_template")
     if isinstance(value, list):  # several with names
-        named = {item.get("name"): item.get("template") for item in value}
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
 

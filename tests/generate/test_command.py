@@ -27,6 +27,7 @@ from ghostvis_mega.generate.prompts import read_prompts
 from ghostvis_mega.generate.sampling import Sampling
 from ghostvis_mega.generate.text import HuggingFaceText, TextStream, TrainingText, open_text
 from ghostvis_mega.generate.weights import open_model
+from tests.convert.cases import build, save
 from tests.generate.models import png
 
 LENGTH = "6"
@@ -182,6 +183,8 @@ def test_plain_text_goes_on(model, data):
         (["--prompt", "word " * 600], "positions, and the model has 512"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0 cannot be"),
         (["--input", "none.jsonl"], "none.jsonl cannot be read"),
+        (["--prompt", "x", "--temperature", "1e-40"], "temperature=1e-40 cannot be"),
+        (["--prompt", "x", "--tensor", "3"], "--tensor 3 does not divide model.llm.num_kv_heads"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_model_is_loaded(
@@ -190,6 +193,66 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     monkeypatch.setattr("ghostvis_mega.generate.load.load_model", None)
     code, _, err = run(model[1], *options)
     assert code == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--prompt", "x", "--logprobs"], "are written by --json or into --output"),
+        (["--prompt", "x", "--data", "d", "--tokenizer", "t"], "give one of --data, --tokenizer"),
+        (["--prompt", "x", "--data", "d", "--template", "zephyr"], "is for --tokenizer"),
+        (["--input", "a.jsonl", "--output", "./a.jsonl"], "its prompts would be lost"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, _, err = run("model", *options)
+    assert code == 2 and sentence in err
+
+
+def test_a_gpu_that_is_not_there_is_told_before_loading(model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ghostvis_mega.generate.load.load_model", None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    arguments = ["generate", str(model[1]), "--prompt", "x", "--device", "cuda"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 2 and found.stderr.count("\n") == 1
+    assert "--device cuda with --tensor 1 needs 1 NVIDIA GPU here, torch finds 0" in found.stderr
+
+
+@pytest.fixture(scope="module")
+def chat(model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of text alone with the tokenizer and template of the other."""
+    whole = build("qwen2")
+    settings = whole.config.to_dict() | {"vocab_size": open_text(model[1], Assets()).size}
+    small = type(whole)(type(whole.config)(**settings))
+    folder = save(small, tmp_path_factory.mktemp("text") / "chat")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model[1] / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (b"{{ messages[0].content + 1 }}", "its chat template fails: "),
+        (b"{{ 1 / 0 }}", "its chat template fails: division by zero"),
+        (b"{{ raise_exception('no') }}", "its chat template fails: no"),
+        (b"\xff", "chat_template.jinja cannot be read: 'utf-8'"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(chat: Path, template: bytes, sentence: str):
+    (chat / "chat_template.jinja").write_bytes(template)
+    code, _, err = run(chat, "--prompt", "x")
+    assert code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_a_picture_for_a_model_of_text_is_refused(chat: Path, pictures):
+    (chat / "chat_template.jinja").write_text("{{ 'a' + messages[0].content }}")
+    assert run(chat, "--prompt", "x")[0] == 0
+    code, _, err = run(chat, "--prompt", "x", "--image", pictures[0])
+    assert code == 2 and "--prompt: 1 image came with the prompt, but the model has no" in err
 
 
 @pytest.mark.parametrize(
@@ -210,6 +273,9 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
         ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content is neither"),
         ('{"messages": [{"role": "user", "content": "x"}], "images": ["a"]}', "show 0 images, 1"),
+        ('{"messages": [{"role": "user", "content": "x"}], "system": "y"}', "beside messages"),
+        ('{"messages": [{"role": "user", "content": "x"}], "system": 3}', "system is 3"),
+        ('{"prompt": "x", "system": []}', "system is []"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "conversation"),
     ],
 )
