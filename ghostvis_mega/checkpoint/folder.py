@@ -136,9 +136,15 @@ class CheckpointFolder:
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def next_serial(self) -> int:
-        """One more than the newest complete checkpoint's."""
-        complete = self.complete()
-        return complete[-1].manifest.serial + 1 if complete else 1
+        """One more than any save here had, also those that are damaged: what a run falls back from
+        must never look newer than what it saves next."""
+        serials = []
+        for path in self.candidates():
+            try:
+                serials.append(read_manifest(path).serial)
+            except CheckpointError as error:
+                log.debug("%s has no serial: %s", path.name, error)
+        return max(serials, default=0) + 1
 
     def publish(self, step: int) -> Path:
         """Give a finished directory its name, then point `latest` to it."""
@@ -150,11 +156,16 @@ class CheckpointFolder:
             if replaced.exists():
                 self._delete(replaced)
             os.replace(final, replaced)
+            self.damaged.discard(replaced.name)
+            if final.name in self.damaged:
+                self.damaged.add(replaced.name)
         os.replace(temporary, final)
+        self.damaged.discard(final.name)  # that was the one before
         fsync_directory(self.path)
         atomic_write(self.path / LATEST, f"{final.name}\n".encode())
         if replaced.exists():
             self._delete(replaced)
+            self.damaged.discard(replaced.name)
         return final
 
     def prune(self, keep: int) -> list[Path]:

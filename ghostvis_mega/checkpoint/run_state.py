@@ -51,7 +51,7 @@ class RunState:
             self.store.wait()
         except CheckpointError as error:
             log.warning("%s. Going back to the checkpoint before it", error)
-        state = self.store.resume("auto", self.engine)
+        state = self.store.go_back(self.engine)
         if state is None:
             return None
         self.guards.go_back(state.extra.get("guards"))

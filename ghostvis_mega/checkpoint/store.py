@@ -78,6 +78,9 @@ class CheckpointStore:
         self._group: dist.ProcessGroup | None = None
         self._pending: Future[Path] | None = None
         self._failed = 0
+        self._resumed: Path | None = None
+        self._first_serial = 0
+        """What is saved from then on has it or a higher one."""
 
     def save(self, engine: TrainEngine, *, step: int, extra: dict[str, JsonValue]) -> Path:
         """Write everything that the run needs to go on exactly; collective.
@@ -203,15 +206,49 @@ class CheckpointStore:
             CheckpointError: As `find` and `load`; also if no sound checkpoint is left.
         """
         self._collect()
-        while (path := self.find(wanted)) is not None:
+        state = None
+        while state is None and (path := self.find(wanted)) is not None:
             try:
-                return self.load(path, engine)
+                state, self._resumed = self.load(path, engine), path
             except DamagedCheckpointError as error:
                 if wanted != "auto":
                     raise
                 log.warning("%s. Falling back to the checkpoint before it", error)
                 self.folder.damaged.add(path.name)
+        self._first_serial = on_first_rank(self.folder.next_serial)
+        return state
+
+    def go_back(self, engine: TrainEngine) -> TrainState | None:
+        """Return to the newest sound checkpoint that was saved since `resume`, else to the one that
+        was resumed from; collective. Others in the folder are of other runs.
+
+        Returns:
+            None where there is none; nothing has changed then.
+
+        Raises:
+            CheckpointError: As `load`.
+        """
+        self._collect()
+        while (path := on_first_rank(self._newest_own)) is not None:
+            try:
+                return self.load(path, engine)
+            except DamagedCheckpointError as error:
+                log.warning("%s. Falling back to the checkpoint before it", error)
+                if path.parent == self.folder.path:
+                    self.folder.damaged.add(path.name)
+                if path == self._resumed:
+                    self._resumed = None
         return None
+
+    def _newest_own(self) -> Path | None:
+        complete = self.folder.complete()
+        if complete and complete[-1].manifest.serial >= self._first_serial:
+            return complete[-1].path
+        try:
+            return open_complete(self._resumed).path if self._resumed is not None else None
+        except CheckpointError as error:
+            log.warning("the checkpoint that this run began with is gone: %s", error)
+            return None
 
     def load(self, path: Path, engine: TrainEngine) -> TrainState:
         """Weights, optimizers and random generators become those that were saved; collective.

@@ -152,6 +152,7 @@ class Loop:
         if back is None:
             log.warning("no checkpoint to go back to: the step alone is left out")
             return
+        assert back < done, "weights of a later step cannot be this run's"
         log.warning("weights are those after step %d again; going on with step %d", back, done + 1)
         self.goodput.undo(back)
 

@@ -108,6 +108,53 @@ def test_an_incomplete_one_is_passed_over_with_a_warning(
     assert str(file) in caplog.text
 
 
+def test_what_is_saved_over_a_damaged_one_counts_again(folder: CheckpointFolder):
+    for step in (5, 6):
+        save(folder, step)
+    folder.damaged.add("step-00000006")
+    assert folder.newest() == folder.directory(5)
+    again = save(folder, 6)
+    assert folder.newest() == again
+    assert folder.damaged == set()
+
+
+def test_a_damaged_one_that_is_being_replaced_does_not_count(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+):
+    older, _ = save(folder, 5), save(folder, 6)
+    folder.damaged.add("step-00000006")
+    rename = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == folder.temporary(6):
+            raise OSError("no")
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
+        patch.setattr(os, "replace", refuse)
+        save(folder, 6)
+    assert (folder.path / "step-00000006.replaced").is_dir()
+    assert folder.newest() == older
+
+
+@pytest.mark.parametrize("how", ["digest", "size"])
+def test_what_a_run_fell_back_from_never_becomes_the_newest_again(
+    folder: CheckpointFolder, how: str
+):
+    save(folder, 5)
+    left = save(folder, 10)
+    file = left / "llm-00001.safetensors"
+    content = file.read_bytes()
+    if how == "size":
+        file.write_bytes(content[:-1])
+    else:
+        folder.damaged.add(left.name)
+    next_one = save(folder, 7)
+    file.write_bytes(content)
+    # A new process knows of no damage.
+    assert CheckpointFolder(folder.path).newest() == next_one
+
+
 def test_a_folder_of_broken_checkpoints_is_no_fresh_start(folder: CheckpointFolder):
     (save(folder, 5) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="none is complete.*checkpoint.resume=none"):

@@ -14,7 +14,7 @@ from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot
 from ghostvis_mega.checkpoint.store import CheckpointStore
 from ghostvis_mega.checkpoint.tensors import FileImage, write_buffer, write_tensors
-from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.tiny import NAME, write_tiny
 
 
@@ -269,3 +269,51 @@ def test_pinned_memory_is_released_before_it_is_used_again(
     else:
         del buffers  # a store that nobody closed
     assert not driver.pinned
+
+
+def test_a_run_goes_back_only_to_what_is_its_own(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    folder = checkpoints.folder
+    for step in (5, 6):
+        checkpoints.save(engine, step=step, extra={})
+
+    def load(self: CheckpointStore, path: Path, engine: FakeEngine) -> Path:
+        return path
+
+    monkeypatch.setattr(CheckpointStore, "load", load)
+    anew = CheckpointStore(folder.path, keep=9)
+    assert anew.resume("none", engine) is None
+    assert anew.go_back(engine) is None
+    other = CheckpointStore(folder.path, keep=9)
+    other.resume(str(folder.directory(5)), engine)
+    assert other.go_back(engine) == folder.directory(5)
+    other.save(engine, step=3, extra={})
+    assert other.go_back(engine) == folder.directory(3)
+    # What it saved and what it began with turn out damaged: there is nothing left.
+    other.folder.damaged.add("step-00000003")
+    (folder.directory(5) / "manifest.json").unlink()
+    assert other.go_back(engine) is None
+    other.close()
+    anew.close()
+
+
+def test_going_back_passes_over_damage(
+    engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+):
+    for step in (5, 6):
+        checkpoints.save(engine, step=step, extra={})
+    bad: set[str] = set()
+
+    def load(self: CheckpointStore, path: Path, engine: FakeEngine) -> Path:
+        if path.name in bad:
+            raise DamagedCheckpointError(path.name)
+        return path
+
+    monkeypatch.setattr(CheckpointStore, "load", load)
+    checkpoints.resume("auto", engine)
+    checkpoints.save(engine, step=7, extra={})
+    bad.add("step-00000007")
+    assert checkpoints.go_back(engine) == checkpoints.folder.directory(6)
+    bad.add("step-00000006")
+    assert checkpoints.go_back(engine) is None
