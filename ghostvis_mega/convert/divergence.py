@@ -14,7 +14,7 @@ from ghostvis_mega.convert.hf_folder import CONFIG, read_json
 from ghostvis_mega.convert.schemes import quantize_model_int8
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.images import load_pixels
-from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, DataError
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,31 @@ def divergence(
     return Divergence(positions, kl / positions, same / positions)
 
 
+def check_data(folder: Path, data: Path) -> None:
+    """Raise where a dataset cannot be read by a model.
+
+    Raises:
+        CheckpointError: Its tokenizer has more tokens than the model.
+        DataError: It is missing, damaged or empty.
+    """
+    llm = parts_from_config(read_json(folder / CONFIG), folder).llm
+    dataset = Dataset.open(data)
+    if not dataset.num_samples:
+        raise DataError(f"{data} holds no samples")
+    if llm is None:
+        raise CheckpointError(f"{folder} holds no language model: leave --data out, --samples 0")
+    if dataset.tokenizer.vocab_size > llm.vocab_size:
+        raise CheckpointError(
+            f"{data} has {dataset.tokenizer.vocab_size} tokens and {folder} {llm.vocab_size}: it "
+            "is another model's dataset"
+        )
+
+
 def _random(folder: Path, count: int) -> Iterator[dict[str, torch.Tensor]]:
     config = read_json(folder / CONFIG)
-    vocab = config.get("text_config", config)["vocab_size"]
+    llm = parts_from_config(config, folder).llm
+    assert llm is not None
+    vocab = llm.vocab_size
     image = config.get("image_token_index", -1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):

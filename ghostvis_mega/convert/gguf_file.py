@@ -65,14 +65,39 @@ class GGUFFile(Source):
                 f"{path} holds a model of type {self.kind!r}; read are {', '.join(_KINDS)}"
             )
         self._tensors: dict[str, Any] = {}
+        self._readable: set[Any] = set()
         self.tensors: dict[str, TensorInfo] = {}
         for tensor in reader.tensors:
             name = self._hf_name(tensor.name)
             if name in self.tensors:
                 raise CheckpointError(f"{path} names {tensor.name} twice")
             self._tensors[name] = tensor
+            self._check_type(tensor)
             shape = tuple(int(size) for size in reversed(tensor.shape))
             self.tensors[name] = TensorInfo("F32", shape)
+
+    def _check_type(self, tensor: Any) -> None:
+        """Raise where the library cannot put a tensor's type back into floating point."""
+        kind = tensor.tensor_type
+        if kind in self._readable:
+            return
+        try:
+            self._gguf.dequantize(tensor.data[:1], kind)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.path}: {tensor.name} is of type {kind.name}, which cannot be put back into "
+                "floating point; take a file of another type, as Q8_0 or F16"
+            ) from error
+        self._readable.add(kind)
+
+    def _count(self, name: str, default: int | None = None) -> int:
+        """A setting that is a number of something."""
+        value = self._field(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"{self.path} gives {name} as {value!r}; it must be one whole number above 0"
+            )
+        return value
 
     def _field(self, name: str, default: Any = None) -> Any:
         """A setting of the file; without a default it must be there."""
@@ -81,7 +106,10 @@ class GGUFFile(Source):
             if default is None:
                 raise CheckpointError(f"{self.path} lacks {name}")
             return default
-        value = field.contents()
+        try:
+            value = field.contents()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: {name} is no text in UTF-8: {error}") from error
         # Written as fp32: the decimal number that was meant.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -102,10 +130,10 @@ class GGUFFile(Source):
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding is None:
             raise CheckpointError(f"{self.path} lacks token_embd.weight")
-        heads = self._field(f"{kind}.attention.head_count")
-        hidden = self._field(f"{kind}.embedding_length")
-        head_dim = self._field(f"{kind}.attention.key_length", hidden // heads)
-        turned = self._field(f"{kind}.rope.dimension_count", head_dim)
+        heads = self._count(f"{kind}.attention.head_count")
+        hidden = self._count(f"{kind}.embedding_length")
+        head_dim = self._count(f"{kind}.attention.key_length", hidden // heads)
+        turned = self._count(f"{kind}.rope.dimension_count", head_dim)
         scaling = self._field(f"{kind}.rope.scaling.type", "none")
         if turned != head_dim:
             raise CheckpointError(
@@ -114,14 +142,14 @@ class GGUFFile(Source):
         return {
             "model_type": kind,
             "hidden_act": "silu",
-            "num_hidden_layers": self._field(f"{kind}.block_count"),
+            "num_hidden_layers": self._count(f"{kind}.block_count"),
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "num_key_value_heads": self._field(f"{kind}.attention.head_count_kv", heads),
+            "num_key_value_heads": self._count(f"{kind}.attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "intermediate_size": self._field(f"{kind}.feed_forward_length"),
+            "intermediate_size": self._count(f"{kind}.feed_forward_length"),
             "vocab_size": embedding.shape[0],
-            "max_position_embeddings": self._field(f"{kind}.context_length"),
+            "max_position_embeddings": self._count(f"{kind}.context_length"),
             "rms_norm_eps": self._field(f"{kind}.attention.layer_norm_rms_epsilon"),
             "rope_parameters": {
                 "rope_type": "default" if scaling == "none" else scaling,
@@ -146,8 +174,9 @@ class GGUFFile(Source):
         """Where the file has each row."""
         if self.kind != "llama" or not name.endswith(_PAIRED):
             return np.arange(rows)
-        kind = "head_count_kv" if "attn_k" in name else "head_count"
-        heads = self._field(f"llama.attention.{kind}")
+        heads = self._count("llama.attention.head_count")
+        if "attn_k" in name:
+            heads = self._count("llama.attention.head_count_kv", heads)
         return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def close(self) -> None:

@@ -23,7 +23,27 @@ _TOWERS = {
     "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip"},
 }
 """What our towers are built with, by kind."""
-_TEXT_TYPES = ("qwen2", "llama")
+_TEXT_DEFAULTS: dict[str, Config] = {
+    "qwen2": {
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "intermediate_size": 22_016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+    },
+    "llama": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+}
+"""What transformers takes where config.json leaves a field out, as LLaVA's hub files do."""
+_TEXT_TYPES = tuple(_TEXT_DEFAULTS)
 _TOWER_TYPES = {
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
@@ -47,12 +67,17 @@ def parts_from_config(config: Mapping[str, Any], path: Path) -> Parts:
     except _Wrong as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: config.json is broken or lacks {error}") from error
+        raise CheckpointError(f"{_origin(path)} is broken or lacks {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: config.json gives {where} as {first['input']!r}, "
+        raise CheckpointError(f"{_origin(path)} gives {where} as {first['input']!r}, "
                               f"which cannot be: {first['msg']}") from error  # fmt: skip
+
+
+def _origin(path: Path) -> Path:
+    """The file that settings are from: of a directory its config.json, else the file itself."""
+    return path if path.suffix == ".gguf" else path / "config.json"
 
 
 def _parts(config: Mapping[str, Any]) -> Parts:
@@ -109,7 +134,10 @@ def _llm(config: Mapping[str, Any]) -> LLMConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise _Wrong(f"its rotary positions are of type {rope_type!r}; only 'default' is read")
+    config = _TEXT_DEFAULTS[kind] | dict(config)
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if not isinstance(heads, int) or heads < 1:
+        raise _Wrong(f"num_attention_heads is {heads!r}; it must be a whole number above 0")
     return LLMConfig(
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden,

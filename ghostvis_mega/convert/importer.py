@@ -20,6 +20,7 @@ from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.native import layout_of_parts
 from ghostvis_mega.convert.output import Shard, new_directory, write_parallel
+from ghostvis_mega.convert.quantize import check_plain
 from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.table import VERSION
 from ghostvis_mega.convert.tensor_file import (
@@ -153,6 +154,8 @@ def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Pat
         raise CheckpointError(f"--dtype {options.dtype} is unknown: use auto, fp32 or bf16")
     with ExitStack() as stack:
         folders = [stack.enter_context(open_source(path)) for path in sources]
+        for folder in folders:
+            check_plain(folder)
         given = [parts_from_config(folder.config, folder.path) for folder in folders]
         parts = _adjust(_merged(given, folders), options)
         tensors: dict[str, _Tensor] = {}

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
 from pathlib import Path
@@ -25,6 +25,7 @@ from ghostvis_mega.convert.output import (
     write_ordered,
 )
 from ghostvis_mega.convert.schemes import DEFAULT_SKIP, Scheme, find_scheme, is_skipped, patterns
+from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.table import LAYOUTS, VERSION
 from ghostvis_mega.convert.tensor_file import (
     CHUNK_BYTES,
@@ -60,6 +61,19 @@ class Quantized:
     bytes_after: int
 
 
+def check_plain(folder: Source) -> None:
+    """Raise where weights are quantised, in whatever way.
+
+    Raises:
+        CheckpointError: Says to take the model that they are made of.
+    """
+    if "quantization_config" in folder.config:
+        raise CheckpointError(
+            f"{folder.path} is quantised already (quantization_config in its config.json): take "
+            "the model that it is made of; vLLM and transformers serve the quantised one"
+        )
+
+
 def quantize_hf(
     source: Path,
     out: Path,
@@ -86,10 +100,15 @@ def quantize_hf(
     chosen, ignore = find_scheme(scheme), patterns(skip_modules)
     with HFFolder(source) as folder:
         config = folder.config
-        if "quantization_config" in config:
-            raise CheckpointError(f"{source} is quantised already; take the model it is made of")
+        check_plain(folder)
         parts = parts_from_config(config, source)
-        linear = _linear_layers(folder, parts, ignore)
+        layers = _linear_layers(folder, parts)
+        _check_skips(skip_modules, layers)
+        linear = {
+            name
+            for name, modules in layers.items()
+            if not any(is_skipped(module, ignore) for module in modules)
+        }
         if not linear:
             raise CheckpointError(f"{source}: --skip leaves no linear layer to quantise")
         if parts.llm is not None and parts.llm.tied_embeddings:
@@ -121,17 +140,34 @@ def quantize_hf(
     return Quantized(tuple(errors), before, after)
 
 
-def _linear_layers(folder: HFFolder, parts: Parts, ignore: Sequence[str]) -> set[str]:
-    """Names of the matrices that become 8 bits wide."""
+def _check_skips(skip_modules: Sequence[str], layers: Mapping[str, tuple[str, str]]) -> None:
+    """Raise where a pattern that someone wrote matches nothing: its layer would be rounded.
+
+    Raises:
+        CheckpointError: Names the pattern.
+    """
+    names = [name for modules in layers.values() for name in modules]
+    for pattern in skip_modules:
+        # The usual ones are for models of any kind.
+        if pattern not in DEFAULT_SKIP and not any(
+            is_skipped(name, patterns([pattern])) for name in names
+        ):
+            raise CheckpointError(
+                f"--skip {pattern} matches no linear layer; there is {names[0]}, for example"
+            )
+
+
+def _linear_layers(folder: HFFolder, parts: Parts) -> dict[str, tuple[str, str]]:
+    """Names of the matrices that can become 8 bits wide, and of their modules: in the directory and
+    in transformers."""
     _, there = folder.find_layout(parts)
-    found = set()
+    found = {}
     for mine, theirs in zip(there, entries(parts, LAYOUTS["ghostvis"]), strict=True):
         for own, module in zip(mine.hf, theirs.hf, strict=True):
             if len(own.shape) != 2 or own.name.endswith(_TABLES):
                 continue
             names = (own.name.removesuffix(".weight"), module.name.removesuffix(".weight"))
-            if not any(is_skipped(name, ignore) for name in names):
-                found.add(own.name)
+            found[own.name] = names
     return found
 
 

@@ -18,6 +18,7 @@ from ghostvis_mega.convert.hf_folder import CONFIG, HFFolder
 from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.convert.native import NativeWeights
 from ghostvis_mega.convert.output import EXPORT_FILE, export_damage
+from ghostvis_mega.convert.quantize import check_plain
 from ghostvis_mega.convert.tensor_file import DTYPES, TensorInfo, joined
 from ghostvis_mega.utils.errors import CheckpointError
 
@@ -114,6 +115,7 @@ def _native(weights: NativeWeights) -> ModelSource:
 
 
 def _hugging_face(folder: HFFolder) -> ModelSource:
+    check_plain(folder)
     parts = parts_from_config(folder.config, folder.path)
     _, found = folder.find_layout(parts)
     infos = {}

@@ -106,6 +106,10 @@ def test_the_vocabulary_becomes_a_tokenizer(tmp_path: Path):
     ("fields", "told"),
     [
         ({"llama.rope.scaling.type": "yarn"}, "rotary positions are of type 'yarn'"),
+        ({"llama.attention.head_count": 0}, "gives llama.attention.head_count as 0; it must"),
+        ({"llama.attention.head_count": "4"}, "gives llama.attention.head_count as '4'"),
+        ({"llama.attention.head_count_kv": [4, 4]}, "llama.attention.head_count_kv as [4, 4]"),
+        ({"llama.block_count": 2.5}, "gives llama.block_count as 2.5"),
         ({"general.architecture": "mamba"}, "a model of type 'mamba'; read are llama, qwen2"),
         ({"tokenizer.ggml.pre": "kimi-k2"}, "cut as 'kimi-k2'; read is 'gpt2'"),
     ],
@@ -115,7 +119,9 @@ def test_another_model_is_refused(tmp_path: Path, monkeypatch, fields, told: str
     known = GGUFFile._field
     write(path, "llama", letters_only=False)
     monkeypatch.setattr(
-        GGUFFile, "_field", lambda self, name, *more: fields.get(name) or known(self, name, *more)
+        GGUFFile,
+        "_field",
+        lambda self, name, *more: fields[name] if name in fields else known(self, name, *more),
     )
     result = CliRunner().invoke(
         app,
@@ -124,6 +130,23 @@ def test_another_model_is_refused(tmp_path: Path, monkeypatch, fields, told: str
     )
     assert result.exit_code == 2 and told in result.output
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_text_that_is_no_utf8_and_a_type_that_is_not_read_are_named(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    write(path, "llama")
+    sound = path.read_bytes()
+    # The value behind the key: the kind of a text, its length, its letters.
+    at = sound.index(b"general.architecture") + len("general.architecture") + 12
+    assert sound[at : at + 5] == b"llama"
+    path.write_bytes(sound[:at] + b"\xff" + sound[at + 1 :])
+    with pytest.raises(CheckpointError, match="general.architecture is no text in UTF-8"):
+        import_hf([path], tmp_path / "native", ImportOptions())
+    path.unlink()
+    write(path, "llama", extra={"blk.0.attn_q.scale": np.ones(4, dtype=np.int32)})
+    with pytest.raises(CheckpointError, match="blk.0.attn_q.scale is of type I32, which cannot"):
+        import_hf([path], tmp_path / "native", ImportOptions())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_tensor_without_a_place_and_a_damaged_file_are_named(tmp_path: Path):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from ghostvis_mega.cli.main import app
 from ghostvis_mega.convert.compare import damage
 from ghostvis_mega.convert.divergence import load_model
+from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.convert.quantize import quantize_hf
 from ghostvis_mega.convert.schemes import (
     DEFAULT_SKIP,
@@ -19,6 +20,7 @@ from ghostvis_mega.convert.schemes import (
     patterns,
     quantize_model_int8,
 )
+from ghostvis_mega.generate.weights import open_model
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.cases import IMAGE, build, different, save, tensors_of
 from tests.convert.test_stock_programs import PROMPTS, inputs_of
@@ -151,6 +153,7 @@ def test_what_cannot_be_quantised_is_refused(sources, tmp_path: Path):
         ((source, "int4", ()), "--scheme int4 is unknown: use int8 or fp8"),
         ((tmp_path / "out", "int8", ()), "is quantised already"),
         ((source, "int8", ("*",)), "--skip leaves no linear layer"),
+        ((source, "int8", ("*.nothing", "*lm_head")), r"--skip \*\.nothing matches no linear"),
         ((source, "int8", ("re:(",)), "--skip re:.* is no pattern"),
         ((tmp_path, "int8", ()), "holds no .*safetensors"),
     ):
@@ -171,6 +174,31 @@ def test_the_command_prints_size_noise_and_divergence(sources, tmp_path: Path):
     strict = ["--force", "--samples", "2", "--bar", "1e-12"]
     assert CliRunner().invoke(app, [*arguments, *strict]).exit_code == 1
     assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_data_that_cannot_be_read_is_told_before_anything_is_written(
+    sources, tmp_path: Path, easy_vqa: Path
+):
+    command = ["convert", "quantize", str(sources["qwen2"]), "--out", str(tmp_path / "out")]
+    for more, told in (
+        (["--data", str(tmp_path / "none.gvd")], "none.gvd"),
+        (["--data", str(easy_vqa / "train.gvd")], "it is another model's dataset"),
+        (["--data", "x", "--samples", "0"], "is for the KL"),
+    ):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 2 and told in result.output
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_copy_is_refused_where_floating_point_is_read(sources, tmp_path: Path):
+    out = tmp_path / "out"
+    quantize_hf(sources["qwen2"], out, scheme="int8")
+    told = "is quantised already .*take the model that it is made of"
+    with pytest.raises(CheckpointError, match=told), open_model(out):
+        pass
+    with pytest.raises(CheckpointError, match=told):
+        import_hf([out], tmp_path / "native", ImportOptions())
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_image_tokens_are_never_among_random_prompts(sources):
