@@ -75,10 +75,23 @@ check_settings() {
     return $EXIT_WRONG
 }
 
-# The newest complete checkpoint of an output folder; empty if there is none.
-newest_checkpoint() {
-    local found=("$1"/checkpoints/step-*/manifest.json)
-    if [ -e "${found[-1]}" ]; then basename "$(dirname "${found[-1]}")"; fi
+# The last save into an output folder: its name and time, for a step may be saved twice; empty if
+# there is none.
+last_save() {
+    local file=$1/checkpoints/latest
+    if [ -e "$file" ]; then echo "$(cat "$file") $(stat -c %y "$file")"; fi
+}
+
+# Whether an earlier start of this job has saved. Then it goes on from there, for checkpoint.resume=none
+# or =PATH say where a job begins, and not that it begins there every time.
+saved_before() {
+    local file=$1/slurm-first-start-$SLURM_JOB_ID now
+    now=$(last_save "$1")
+    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$file" ]; then
+        mkdir -p "$1" && echo "$now" >"$file"
+        return 1
+    fi
+    [ -n "$now" ] && [ "$now" != "$(cat "$file")" ]
 }
 
 # Slurm's warning before the time limit, to the training processes and to nothing that they started:
@@ -92,12 +105,27 @@ forward_usr1() {
         kill -USR1 $pids' || say "the ranks could not be signalled"
 }
 
+# Slurm has signalled the ranks itself: it cancels, preempts or requeues this job, and what follows is
+# its own. Not so at the time limit: where a save that the warning asked for takes longer than that,
+# this script may not live to see its end, so the job goes back into the queue now.
+told_to_end() {
+    told=TERM
+    if [ "$warned" = 1 ] && at_time_limit && may_try_again "$output" "$before"; then
+        requeue "the time limit came before the end of the save" || say "Slurm refused"
+    fi
+}
+
+# Whether this job is being ended for its time limit.
+at_time_limit() {
+    scontrol --oneliner show job "$SLURM_JOB_ID" |
+        grep -qE '(^| )(JobState=TIMEOUT|Reason=TimeLimit)( |$)'
+}
+
 # Start the ranks and wait for them through any number of signals; returns their exit code and sets
 # `told` to the last signal.
 run_ranks() {
-    trap 'told=USR1; forward_usr1' USR1
-    # Slurm has signalled the ranks itself: it cancels, preempts or requeues this job.
-    trap 'told=TERM' TERM
+    trap 'told=USR1 warned=1; forward_usr1' USR1
+    trap told_to_end TERM
     srun --kill-on-bad-exit=0 --wait="$GHOSTVIS_WAIT_S" slurm/rank.sh "$@" &
     local srun_pid=$!
     while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid" || true; done
@@ -111,13 +139,17 @@ requeue() {
 
 # Whether a job that died may try again: always after a new checkpoint, else a few times.
 may_try_again() {
-    local output=$1 before=$2 now count=0 file=$1/slurm-fruitless-starts
-    now=$(newest_checkpoint "$output")
+    local output=$1 before=$2 now count=0 seen file=$1/slurm-fruitless-starts
+    now=$(last_save "$output")
     if [ "$now" = "$before" ]; then
-        if [ -f "$file" ]; then read -r count <"$file"; fi
+        if [ -f "$file" ]; then
+            read -r count seen <"$file"
+            # Saved after it was counted, as at a time limit.
+            if [ "$seen" != "$now" ]; then count=0; fi
+        fi
         count=$((count + 1))
     fi
-    mkdir -p "$output" && echo "$count" >"$file"
+    mkdir -p "$output" && echo "$count $now" >"$file"
     [ "$count" -le "$GHOSTVIS_FRUITLESS_STARTS" ]
 }
 
@@ -128,17 +160,18 @@ train() {
     check_environment || exit $EXIT_WRONG
     export_shared
     output=$(check_settings "$@") || exit $EXIT_WRONG
-    before=$(newest_checkpoint "$output")
+    before=$(last_save "$output")
+    if saved_before "$output"; then set -- "$@" checkpoint.resume=auto; fi
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $SLURM_NTASKS processes," \
         "${before:-no checkpoint yet}"
     export_rendezvous
-    code=0 told=''
+    code=0 told='' warned=0
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         slurm/check_node.sh "$output" || code=$?
     # Its sentences stand above. Any other code is a node that died meanwhile.
     if [ $code = $EXIT_SICK_NODE ]; then exit $code; fi
     if [ $code = 0 ]; then run_ranks --config "$@" || code=$?; fi
-    say "the ranks ended with $code${told:+ after $told}, $(newest_checkpoint "$output")"
+    say "the ranks ended with $code${told:+ after $told}, $(last_save "$output")"
     if [ "$told" = TERM ] || [ $code = 0 ] || [ $code = $EXIT_WRONG ]; then exit $code; fi
     if [ $code = $EXIT_REQUEUE ]; then
         rm -f "$output/slurm-fruitless-starts"

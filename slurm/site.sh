@@ -10,7 +10,7 @@
 # cuda, or cpu: no GPU is looked at.
 : "${GHOSTVIS_DEVICE:=cuda}"
 # The ranks meet at this port of the first node. Of its own for each job: nodes may be shared.
-: "${GHOSTVIS_MASTER_PORT:=$((20000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 10000))}"
+: "${GHOSTVIS_MASTER_PORT:=$((20000 + (${SLURM_JOB_ID:-0} + 7 * ${SLURM_RESTART_COUNT:-0}) % 10000))}"
 # Ranks that go on this long after another one has ended are taken down.
 : "${GHOSTVIS_WAIT_S:=60}"
 # A job whose processes died starts itself again while it gets on; this often without a new checkpoint.

@@ -71,7 +71,7 @@ def test_every_sbatch_line_is_explained(name: str) -> None:
 def test_outside_of_slurm_all_problems_are_told() -> None:
     done = bash(
         "source slurm/common.sh; check_environment",
-        GHOSTVIS_MASTER_PORT="1", GHOSTVIS_DEVICE="gpu", GHOSTVIS_PYTHON="/nowhere/python",
+        GHOSTVIS_DEVICE="gpu", GHOSTVIS_PYTHON="/nowhere/python",
     )  # fmt: skip
     assert done.returncode == 1
     for told in (
@@ -119,21 +119,67 @@ def fruitless(output: Path, *, before: str) -> bool:
     return done.returncode == 0
 
 
+def save(output: Path, step: int) -> str:
+    """What a save leaves; returns what the job file makes of it."""
+    folder = output / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "latest").write_text(f"step-{step:08d}\n")
+    return bash(f'source slurm/common.sh; last_save "{output}"', **JOB).stdout.strip()
+
+
 def test_a_job_that_dies_tries_again_while_it_gets_on(tmp_path: Path) -> None:
     output = tmp_path / "run"
-
-    def save(step: int) -> None:
-        folder = output / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
-
     assert [fruitless(output, before="") for _ in range(3)] == [True, True, False]
-    save(5)
+    newest = save(output, 5)
     assert fruitless(output, before="")
-    # From here the count begins anew; a folder without a manifest is no checkpoint.
-    (output / "checkpoints" / "step-00000009").mkdir()
-    newest = "step-00000005"
-    assert [fruitless(output, before=newest) for _ in range(3)] == [True, True, False]
+    # From here the count begins anew.
+    assert [fruitless(output, before=newest) for _ in range(2)] == [True, True]
+    # A run that went back to an earlier step and saved one of the same name has got on.
+    again = save(output, 5)
+    assert again.split()[0] == newest.split()[0] and again != newest
+    assert fruitless(output, before=newest)
+    assert [fruitless(output, before=again) for _ in range(3)] == [True, True, False]
+
+
+def test_what_is_saved_after_a_start_was_counted_makes_it_a_good_one(tmp_path: Path) -> None:
+    for step in range(4):
+        assert fruitless(tmp_path, before=save(tmp_path, step))
+
+
+def test_a_job_that_has_saved_goes_on_from_there_whatever_it_began_with(tmp_path: Path) -> None:
+    def starts(number: int, **variables: str) -> bool:
+        done = bash(
+            f'source slurm/common.sh; saved_before "{tmp_path}"',
+            **JOB | {"SLURM_RESTART_COUNT": str(number)} | variables,
+        )
+        assert done.stderr == ""
+        return done.returncode == 0
+
+    save(tmp_path, 9)  # another job's
+    assert [starts(0), starts(1), starts(2)] == [False, False, False]
+    save(tmp_path, 9)
+    assert [starts(3), starts(4)] == [True, True]
+    assert not starts(0, SLURM_JOB_ID="8")
+    assert not starts(1, SLURM_JOB_ID="8")
+
+
+@pytest.mark.parametrize(
+    ("reason", "warned", "requeued"),
+    [("TimeLimit", 1, True), ("TimeLimit", 0, False), ("None", 1, False)],
+)
+def test_a_save_that_outlasts_the_time_limit_does_not_end_the_job(
+    tmp_path: Path, reason: str, warned: int, requeued: bool
+) -> None:
+    commands = fake(tmp_path / "bin", "scontrol", f"JobId=7 Reason={reason} Dependency=(null)\n")
+    lines = (commands / "scontrol").read_text()
+    (commands / "scontrol").write_text(f"{lines.strip()}\n".replace("cat", 'echo "$@" >&2; cat'))
+    done = bash(
+        f'source slurm/common.sh; output={tmp_path}/run before="" warned={warned}; told_to_end;'
+        'echo "told $told"',
+        commands=commands, **JOB,
+    )  # fmt: skip
+    assert done.returncode == 0 and "told TERM" in done.stdout
+    assert ("requeue 7" in done.stderr) == requeued
 
 
 def check_node(commands: Path, output: Path, **variables: str) -> subprocess.CompletedProcess[str]:
