@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ghostvis_mega.checkpoint.bundle import write_bundle
 from ghostvis_mega.checkpoint.run_state import RunState
 from ghostvis_mega.checkpoint.store import CheckpointStore
+from ghostvis_mega.checkpoint.together import on_every_rank
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.convert.online import Exporter
 from ghostvis_mega.data.dataset import Dataset
@@ -43,7 +44,7 @@ from ghostvis_mega.train.slow_ranks import SlowRanks
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.determinism import determinism, make_deterministic
 from ghostvis_mega.utils.environment import package_versions
-from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.errors import CheckpointError, ConfigError
 from ghostvis_mega.utils.files import atomic_write_json
 from ghostvis_mega.utils.hardware import cpu_name, device_peak
 from ghostvis_mega.utils.processes import process_started
@@ -210,8 +211,15 @@ class Training:
 
         def save(steps: int) -> None:
             state.save(steps)
+            if self.stop.agreed:
+                return  # Its time may be short, and the next start exports.
             self.world.watchdog.alive("the Hugging Face export")
-            exporter.save(state.engine, step=steps)
+            try:
+                exporter.save(state.engine, step=steps)
+            except CheckpointError as error:
+                if steps == self.run.train.steps:
+                    raise
+                log.warning("%s. Training goes on without it", error)
 
         return save
 
@@ -238,8 +246,13 @@ class Training:
     def give_up(self, done: int) -> str:
         """Write down what explains the stop, on all ranks before any of them ends."""
         rank = self.world.groups.rank
-        folder = write_bundle(self.run, done=done, rank=rank, ledger=SKIPPED_LEDGER)
-        dist.barrier(group=self.world.groups.world)
+        try:
+            folder = on_every_rank(
+                lambda: write_bundle(self.run, done=done, rank=rank, ledger=SKIPPED_LEDGER)
+            )[0]
+        except CheckpointError as error:
+            log.warning("what explains this stop could not be written: %s", error)
+            return ""
         return f"all there is to know is in {folder}"
 
     def describe(self, engine: TrainEngine, *, start: int) -> RunInfo:

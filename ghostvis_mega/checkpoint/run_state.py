@@ -54,5 +54,5 @@ class RunState:
         state = self.store.go_back(self.engine)
         if state is None:
             return None
-        self.guards.go_back(state.extra.get("guards"))
+        self.guards.go_back(state.extra.get("guards"), steps=state.step)
         return state.step

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ghostvis_mega.train.lines import append_line
+from ghostvis_mega.train.lines import LineFile
 from ghostvis_mega.train.observers.base import Summary
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Goodput:
     """
 
     def __init__(self, path: Path | None, *, started: float | None = None):
-        self._path = path
+        self._ledger = None if path is None else LineFile(path)
         self.account = Account() if path is None else read_account(path)
         # A clock that does not jump within a process, on the scale of one that all share.
         self._offset = time.time() - time.monotonic()
@@ -207,5 +207,5 @@ class Goodput:
     def _line(self, row: dict[str, Any], *, at: float | None = None) -> None:
         row["time"] = round(self._now() if at is None else at, 4)
         self.account.add(row)
-        if self._path is not None:
-            append_line(self._path, row)
+        if self._ledger is not None:
+            self._ledger.append(row)

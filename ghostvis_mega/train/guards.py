@@ -18,7 +18,7 @@ from ghostvis_mega.data.corpus import Corpus
 from ghostvis_mega.engine.step import NOT_FINITE, REFUSED, StepResult
 from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.groups import Place
-from ghostvis_mega.train.lines import append_line
+from ghostvis_mega.train.lines import LineFile
 from ghostvis_mega.train.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,12 @@ class Guards:
         self.spikes = SpikeDetector(window=settings.spike_window, sigma=settings.spike_sigma)
         self.skipped_in_a_row = 0
         self._changes = {change.step for change in run.data.blend_changes}
+        self._step = 0
+        self._ledger = LineFile(run.log.output / LEDGER)
 
     def before(self, step: int) -> None:
         """Told of each step, counted from 0, before it begins."""
+        self._step = step
         if step in self._changes:
             self.spikes.forget()
 
@@ -131,10 +134,17 @@ class Guards:
             self.spikes.restore(state["losses"])
             self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
-    def go_back(self, state: Any) -> None:
-        """Forget the losses since a checkpoint, whose state this is; what was left out in a row
-        still counts, so that going back again and again comes to an end."""
-        self.spikes.restore(state["losses"] if isinstance(state, dict) else [])
+    def go_back(self, state: Any, *, steps: int) -> None:
+        """Forget the losses since the checkpoint after `steps` steps, whose state this is; what was
+        left out in a row still counts, so that going back again and again comes to an end.
+
+        The run goes on behind the step it is at: where the data have changed since, the losses of
+        the checkpoint are those of other data.
+        """
+        if not isinstance(state, dict) or any(steps <= at <= self._step for at in self._changes):
+            self.spikes.forget()
+        else:
+            self.spikes.restore(state["losses"])
 
     def _write(self, done: int, result: StepResult, suspects: Suspects) -> None:
         if self.rank != 0:
@@ -159,7 +169,7 @@ class Guards:
             "samples": suspects.samples,
             "images": suspects.images,
         }
-        append_line(self.run.log.output / LEDGER, row)
+        self._ledger.append(row)
 
 
 def _shortened(numbers: list[int]) -> str:

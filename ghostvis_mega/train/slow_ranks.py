@@ -21,7 +21,7 @@ from pathlib import Path
 from ghostvis_mega.config.schema import GuardsConfig
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.groups import Place
-from ghostvis_mega.train.lines import append_line
+from ghostvis_mega.train.lines import LineFile
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class SlowRanks:
     def __init__(self, settings: GuardsConfig, *, places: Sequence[Place], rank: int, folder: Path):
         self.window = settings.slow_rank_window if len(places) > 1 else 0
         self.factor, self.places = settings.slow_rank_factor, places
-        self.rank, self.folder = rank, folder
+        self.rank, self._ledger = rank, LineFile(folder / LEDGER)
         self._steps: list[dict[str, tuple[float, float]]] = []
 
     def measures(self, step: int) -> bool:
@@ -105,7 +105,7 @@ class SlowRanks:
                     slow.rank, slow.section, slow.factor, step - self.window + 1, step,
                 )  # fmt: skip
                 row = {"rank": slow.rank, "section": slow.section, "factor": slow.factor}
-                append_line(self.folder / LEDGER, {"step": step, **row})
+                self._ledger.append({"step": step, **row})
         return found
 
 

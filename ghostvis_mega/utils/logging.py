@@ -5,7 +5,10 @@ Library modules only do `log = logging.getLogger(__name__)`; entry points call `
 
 import logging
 import sys
+import threading
+import traceback
 import warnings
+from types import TracebackType
 from typing import TextIO
 
 from ghostvis_mega.utils.secrets import find_secrets, hide
@@ -88,10 +91,26 @@ def setup_logging(*, rank: int, verbose: bool = False, stream: TextIO | None = N
     logging.captureWarnings(True)
     for message, category, module in CHATTER:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    sys.excepthook = _tell_uncaught
+    threading.excepthook = _tell_uncaught_of_thread
     adopt_deepspeed_logger()
     _quieten("DeepSpeed", others)
     # Says on every import, on machines without a GPU, that there is no GPU.
     _quieten("torch.utils.cpp_extension", logging.ERROR)
+
+
+def _tell_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """As Python does by itself, without the values of secrets."""
+    sys.stderr.write(hide("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _tell_uncaught_of_thread(told: threading.ExceptHookArgs) -> None:
+    if told.exc_value is not None and not isinstance(told.exc_value, SystemExit):
+        name = "a thread" if told.thread is None else told.thread.name
+        sys.stderr.write(f"Exception in thread {name}:\n")
+        _tell_uncaught(told.exc_type, told.exc_value, told.exc_traceback)
 
 
 def adopt_deepspeed_logger() -> None:

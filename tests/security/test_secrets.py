@@ -148,3 +148,25 @@ def test_the_log_hides_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
         logging.captureWarnings(False)
     # What is no secret of the environment is text like any other.
     assert texts == [f"the token is {FAKE['HF_TOKEN']}\n", "the token is ***\n"]
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_traceback_that_nobody_caught_hides_them(thread: bool) -> None:
+    lines = [
+        "import os, threading",
+        "from ghostvis_mega.utils.logging import setup_logging",
+        "setup_logging(rank=0)",
+        "def fail():",
+        "    raise ValueError(f'no access with {os.environ[\"HF_TOKEN\"]}')",
+        "threading.Thread(target=fail).start()" if thread else "fail()",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=os.environ | FAKE | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "ValueError: no access with ***" in done.stderr
+    assert "in fail" in done.stderr and FAKE["HF_TOKEN"] not in done.stderr
+    assert ("Exception in thread" in done.stderr) == thread

@@ -1,5 +1,6 @@
 """The observers that a configuration asks for, as one."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from ghostvis_mega.config.schema import LogConfig
@@ -11,12 +12,27 @@ from ghostvis_mega.train.observers.tensorboard import TensorBoard
 from ghostvis_mega.train.observers.wandb import Wandb
 from ghostvis_mega.train.report import HtmlReport
 
+log = logging.getLogger(__name__)
+
 
 class Observers:
-    """Passes everything on to each observer, in order; without any it does nothing."""
+    """Passes everything on to each observer, in order; without any it does nothing.
+
+    Once training has begun, one that cannot write costs no training: it is a warning, once.
+    """
 
     def __init__(self, members: Sequence[Observer] = ()):
         self.members = tuple(members)
+        self._failed: set[str] = set()
+
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
+        for member in self.members:
+            try:
+                tell(member)
+            except OSError as error:
+                if (name := type(member).__name__) not in self._failed:
+                    self._failed.add(name)
+                    log.warning("%s cannot write: %s. Training goes on", name, error)
 
     def on_start(self, run: RunInfo) -> None:
         """Tell every observer."""
@@ -25,18 +41,15 @@ class Observers:
 
     def on_step(self, m: StepMetrics) -> None:
         """Tell every observer."""
-        for member in self.members:
-            member.on_step(m)
+        self._tell(lambda member: member.on_step(m))
 
     def on_preview(self, step: int, previews: list[Preview]) -> None:
         """Tell every observer."""
-        for member in self.members:
-            member.on_preview(step, previews)
+        self._tell(lambda member: member.on_preview(step, previews))
 
     def on_end(self, summary: Summary) -> None:
         """Tell every observer."""
-        for member in self.members:
-            member.on_end(summary)
+        self._tell(lambda member: member.on_end(summary))
 
 
 def make_observers(

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from ghostvis_mega.train.lines import LineFile
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import Preview, RunInfo, Summary, step_mfu
 from ghostvis_mega.utils.errors import DataError
@@ -37,7 +38,7 @@ class JsonLines:
     """Writes `metrics.jsonl` a closed line a step: it can be followed and survives a crash."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._lines = path, LineFile(path)
         self._run: RunInfo = {"total_steps": 0}
 
     def on_start(self, run: RunInfo) -> None:
@@ -48,7 +49,7 @@ class JsonLines:
         kept = []
         if start and self._path.exists():
             kept = read_metrics(self._path, last_step=start)
-        atomic_write(self._path, "".join(self._line(m) for m in kept).encode("utf-8"))
+        atomic_write(self._path, "".join(f"{self._line(m)}\n" for m in kept).encode("utf-8"))
 
     def _line(self, m: StepMetrics) -> str:
         mfu = step_mfu(m, self._run)
@@ -57,12 +58,11 @@ class JsonLines:
             "images_per_s": m.images_per_s,
             "mfu": math.nan if mfu is None else mfu,
         }
-        return m.to_json(extra) + "\n"
+        return m.to_json(extra)
 
     def on_step(self, m: StepMetrics) -> None:
         """Append the step."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(self._line(m))
+        self._lines.write(self._line(m))
 
     def on_preview(self, step: int, previews: list[Preview]) -> None:
         """Previews have pictures and belong to the report."""
