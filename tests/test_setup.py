@@ -43,7 +43,7 @@ def test_version_and_python(metadata: dict[str, Any]) -> None:
 
 def test_extras_and_requirements_parse(metadata: dict[str, Any]) -> None:
     extras = metadata["extras_require"]
-    assert set(extras) == {"gpu", "wandb", "tensorboard", "data", "demo", "dev"}
+    assert set(extras) == {"gpu", "wandb", "tensorboard", "data", "gguf", "demo", "dev"}
     required = {Requirement(line).name: Requirement(line) for line in metadata["install_requires"]}
     for group in extras.values():
         assert all(Requirement(line).name for line in group)

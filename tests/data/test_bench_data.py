@@ -12,6 +12,7 @@ from ghostvis_mega.cli.main import app
 from ghostvis_mega.data.pixels import probe
 from ghostvis_mega.perf import bench_data
 from ghostvis_mega.perf.bench_plan import plan_once
+from ghostvis_mega.utils.figures import at_least, at_most, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,8 +32,8 @@ def test_photos_are_of_the_size_they_say_and_differ() -> None:
 
 
 def test_a_missed_bar_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = [bench_data.at_least("a", 5.0, "x", 5), bench_data.beside("b", 1.0, "x")]
-    bad = [*good, bench_data.at_most("c", 6.0, "s", 5)]
+    good = [at_least("a", 5.0, "x", 5), measured("b", 1.0, "x")]
+    bad = [*good, at_most("c", 6.0, "s", 5)]
     for rows, code in ((good, 0), (bad, 1)):
         monkeypatch.setattr(bench_data, "measure_data", lambda folder, energon, rows=rows: rows)
         done = CliRunner().invoke(app, ["bench", "data", "--json", "--no-energon"])

@@ -122,7 +122,7 @@ def submit(cluster: Cluster, folder: Path, *arguments: str) -> Job:
         "GHOSTVIS_DEVICE": "cpu",
         "GHOSTVIS_PYTHON": sys.executable,
         "GHOSTVIS_CONFIG": str(folder / "run.yaml"),
-        "GHOSTVIS_WAIT_S": "5",
+        "GHOSTVIS_WAIT_S": "20",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
     command = ["sbatch", "--parsable", f"--output={folder}/%j.out", *arguments]

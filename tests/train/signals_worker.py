@@ -52,8 +52,8 @@ def train(
     stop = StopRequest.on_signals()
     honest = session.make_observers
 
-    def observers(log: Any, *, rank: int) -> Observers:
-        made = honest(log, rank=rank)
+    def observers(log: Any, *, rank: int, **options: Any) -> Observers:
+        made = honest(log, rank=rank, **options)
         return Observers((*made.members, Sender(send))) if rank == 0 else made
 
     session.make_observers = observers
