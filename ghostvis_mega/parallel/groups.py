@@ -102,7 +102,7 @@ def build_groups(degrees: Degrees, *, seed: int) -> Groups:
     dist.all_gather_object(gathered, dataclasses.astuple(place))
     alone = None
     for other in range(world_size):
-        group = dist.new_group([other])
+        group = parallel_state.create_group([other], group_desc="ALONE")
         alone = group if other == rank else alone
     assert alone is not None
     return Groups(
@@ -129,5 +129,17 @@ def _embedding_group(place: Place, degrees: Degrees) -> dist.ProcessGroup | None
 
 
 def destroy_groups() -> None:
-    """Forget Megatron-Core's groups, so that another layout can be built in the same processes."""
+    """Take down all groups that `build_groups` has made, so that another layout can be built in the
+    same processes; collective where there are any.
+
+    Megatron-Core only forgets its groups. Each keeps threads and connections (NCCL: GPU memory), so
+    that processes which go through many layouts grow slower with each.
+    """
+    # The list begins with None, which stands for the default group.
+    made = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    if made:
+        # No rank closes a connection on which another still waits for a message.
+        dist.barrier()
+    for group in dict.fromkeys(made):
+        dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()

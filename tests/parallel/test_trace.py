@@ -51,6 +51,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return launch(worker, ranks=4, timeout_s=240, folder=folder) | {"folder": str(folder)}
 
 
+def test_groups_that_are_destroyed_leave_no_threads(seen: dict[str, Any]) -> None:
+    """Else processes that go through many layouts grow slower with each."""
+    before, first, between, second, after = seen["threads"]
+    assert first == second
+    # The default group starts some of its own when first used.
+    assert between == after <= before + 10 < first - 20
+
+
 def test_every_method_that_moves_data_is_traced() -> None:
     """A torch with a method of another name must not go unseen."""
     methods = {

@@ -78,6 +78,19 @@ def count_by_profiler(action: Callable[[], None]) -> int:
     return sum(event.name.startswith("c10d::") for event in profile.events())
 
 
+def count_threads(degrees: Degrees) -> list[int]:
+    """Threads of this process before groups are built, while there are some, and after they are
+    destroyed; `degrees` twice over."""
+    threads = Path("/proc/self/task")
+    counts = [len(list(threads.iterdir()))]
+    for _ in range(2):
+        build_groups(degrees, seed=0)
+        counts.append(len(list(threads.iterdir())))
+        destroy_groups()
+        counts.append(len(list(threads.iterdir())))
+    return counts
+
+
 def count_in_steps(folder: Path) -> dict[str, list[int]]:
     """For some layouts, calls of a training step: traced, and seen by the profiler."""
     layouts = choose_layouts("zero3,tp2-pp2", processes=WORLD)
@@ -170,8 +183,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     deepspeed.comm.init_distributed("gloo", verbose=False, dist_init_required=False)
     degrees = Degrees(world_size=WORLD, tensor=2, pipeline=1, virtual_pipeline=1, context=1, data=2)
+    store, results = trace_store(), {"threads": count_threads(degrees)}
     groups = build_groups(degrees, seed=0)
-    store, results = trace_store(), {}
 
     def act() -> None:
         every_kind(groups.rank, groups.data, groups.tensor)
