@@ -6,7 +6,7 @@ Every method is called by all ranks alike; what fails on one fails on all, with 
 import datetime
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,15 +206,10 @@ class CheckpointStore:
             CheckpointError: As `find` and `load`; also if no sound checkpoint is left.
         """
         self._collect()
-        state = None
-        while state is None and (path := self.find(wanted)) is not None:
-            try:
-                state, self._resumed = self.load(path, engine), path
-            except DamagedCheckpointError as error:
-                if wanted != "auto":
-                    raise
-                log.warning("%s. Falling back to the checkpoint before it", error)
-                self.folder.damaged.add(path.name)
+        found = self._load_sound(
+            lambda: self.find(wanted), engine, pass_over_damaged=wanted == "auto"
+        )
+        state, self._resumed = found or (None, self._resumed)
         self._first_serial = on_first_rank(self.folder.next_serial)
         return state
 
@@ -229,10 +224,21 @@ class CheckpointStore:
             CheckpointError: As `load`.
         """
         self._collect()
-        while (path := on_first_rank(self._newest_own)) is not None:
+        found = self._load_sound(
+            lambda: on_first_rank(self._newest_own), engine, pass_over_damaged=True
+        )
+        return found[0] if found else None
+
+    def _load_sound(
+        self, newest: Callable[[], Path | None], engine: TrainEngine, *, pass_over_damaged: bool
+    ) -> tuple[TrainState, Path] | None:
+        """Load what `newest` gives; asked again, it gives what is left without damaged ones."""
+        while (path := newest()) is not None:
             try:
-                return self.load(path, engine)
+                return self.load(path, engine), path
             except DamagedCheckpointError as error:
+                if not pass_over_damaged:
+                    raise
                 log.warning("%s. Falling back to the checkpoint before it", error)
                 if path.parent == self.folder.path:
                     self.folder.damaged.add(path.name)

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude, scratch
+from ghostvis_mega.cli.output import AsJson, conclude, refusing_settings, scratch
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.figures import Figure, at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -44,16 +43,13 @@ def bench_checkpoint(
     saves: Annotated[int, typer.Option(min=1, help="Checkpoints to write.")] = 3,
     steps: Annotated[int, typer.Option(min=2, help="Steps without a save, for comparison.")] = 5,
     out: Annotated[Path | None, typer.Option(help="For the files; a temporary folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train and save."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     setup_logging(rank=rank)
-    try:
+    with refusing_settings():
         run = load_checked(config, overrides or [], world_size=world_size)
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
     from ghostvis_mega.checkpoint.together import on_every_rank
     from ghostvis_mega.session import local_device, open_world
 

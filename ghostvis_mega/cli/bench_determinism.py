@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
+from ghostvis_mega.cli.output import AsJson, conclude, refusing_settings
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.hardware import has_cuda_device
 from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, run_ranks
 from ghostvis_mega.utils.logging import setup_logging
@@ -55,11 +54,8 @@ def bench_determinism(
     given = list(overrides or [])
     # Here, what the runs will have is checked; each rank is told in its own settings.
     switch = [] if target else ["train.deterministic=true"]
-    try:
+    with refusing_settings():
         run = load_checked(config, [*given, *switch], world_size=processes)
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
     if target:
         _be_a_rank(run, Path(target), steps=steps, noise=fault == "noise")
         return

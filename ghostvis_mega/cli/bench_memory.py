@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude, refusing_settings
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
 
 MODES = (
@@ -57,14 +56,11 @@ def bench_memory(
         )
         raise typer.Exit(EXIT_WRONG_SETTINGS)
     chosen = [split_mode(text) for text in mode or MODES]
-    try:
+    with refusing_settings():
         runs = [
             load_checked(config, [*(overrides or []), *more], world_size=world_size)
             for _, more in chosen
         ]
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
     from ghostvis_mega.perf.bench_memory import Mode, measure_memory
     from ghostvis_mega.session import local_device, open_world
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson
+from ghostvis_mega.cli.output import AsJson, refusing_settings
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -79,14 +79,11 @@ def certify(
         return
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     with tempfile.TemporaryDirectory(prefix="ghostvis-certify-") as folder:
-        try:
+        with refusing_settings():
             wanted, most = _wanted(config, overrides, layouts, only, faults, steps, processes)
             wanted = replace(wanted, folder=Path(folder))
             todo = _fitting(wanted, most)
             _make_output(output)
-        except ConfigError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(EXIT_WRONG_SETTINGS) from None
         done = _join(todo) if "WORLD_SIZE" in os.environ else _start(todo)
     if int(os.environ.get("RANK", "0")) == 0:
         _report([done.get(entry) or _not_run(entry) for entry in wanted.entries], as_json, output)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude
+from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
 from ghostvis_mega.utils.errors import GhostVisError
 from ghostvis_mega.utils.figures import at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
@@ -52,7 +52,6 @@ Example:
 What is kept is read whole first; damaged checkpoints do not count, and stay for you to look at.
 """
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="OUTPUT/checkpoints of a run.", show_default=False)]
 
 

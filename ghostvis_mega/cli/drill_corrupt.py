@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import conclude
+from ghostvis_mega.cli.output import AsJson, conclude
 from ghostvis_mega.utils.figures import at_least, at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -30,7 +30,7 @@ def drill_corrupt(
     trials: Annotated[int, typer.Option(min=1, help="Damaged checkpoints.")] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     unverified: Annotated[bool, typer.Option("--unverified", help="Do not read digests.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """All trials, one after the other."""
     setup_logging(rank=0)

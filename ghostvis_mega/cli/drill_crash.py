@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import conclude
+from ghostvis_mega.cli.output import AsJson, conclude
 from ghostvis_mega.utils.figures import at_least, at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -43,7 +43,7 @@ def drill_crash(
     random_kills: Annotated[int, typer.Option(min=0, help="Beside the named points.")] = 400,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fault: Annotated[FaultName | None, typer.Option(help="Break it on purpose.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """All trials, one after the other."""
     setup_logging(rank=0)

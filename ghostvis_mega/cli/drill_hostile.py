@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import conclude
+from ghostvis_mega.cli.output import AsJson, conclude
 from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
 
 DRILL_HOSTILE_HELP = """Bring hostile files to every place that reads files from outside.
@@ -28,7 +28,7 @@ def drill_hostile(
     folder: Annotated[
         Path | None, typer.Option(help="Keep the files in this new folder.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the files, try them, judge."""
     from ghostvis_mega.cli.hostile.drill import run_drill

@@ -12,10 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from ghostvis_mega.cli.check import DeviceName
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, conclude, scratch
+from ghostvis_mega.cli.output import (
+    EXIT_WRONG_SETTINGS,
+    AsJson,
+    conclude,
+    refusing_settings,
+    scratch,
+)
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.figures import Figure, at_most, measured
+from ghostvis_mega.utils.launch import device_environment
 from ghostvis_mega.utils.logging import setup_logging
 
 DRILL_RESUME_HELP = """Kill a run after N steps, start it again, compare with a run of 2 N steps.
@@ -54,12 +60,9 @@ class Job:
 
     def check(self) -> None:
         """End with one sentence where the run cannot be, before any rank is started."""
-        try:
+        with refusing_settings():
             overrides = self.overrides("whole", save_every=0)
             load_checked(self.config, overrides, world_size=self.processes)
-        except ConfigError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(EXIT_WRONG_SETTINGS) from None
 
     def checkpoint(self, run: str, steps: int) -> Path:
         """Of one of the two runs."""
@@ -93,12 +96,12 @@ def drill_resume(
     out: Annotated[Path | None, typer.Option(help="For all files; a temporary folder.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="Of each start.")] = 300.0,
     fault: Annotated[bool, typer.Option("--fault", help="Break it on purpose.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """All cases, one after the other."""
     setup_logging(rank=0)
     if device == DeviceName.cpu:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        os.environ |= device_environment(device)
         # Imported once and forked. A process that has seen a GPU cannot be forked, so with GPUs
         # each rank imports for itself.
         import ghostvis_mega.session  # noqa: F401

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS, AsJson, conclude
+from ghostvis_mega.cli.output import AsJson, conclude, refusing_settings
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.logging import setup_logging
 
 GRADIENTS_HELP = """Compare first-step gradients of layouts with those of one plain fp32 process.
@@ -50,14 +49,11 @@ def gradients(
     if write_truth is not None and world_size > 1:
         raise typer.BadParameter("--write-truth runs in one process")
     setup_logging(rank=rank)
-    try:
+    with refusing_settings():
         runs = [
             load_checked(config, [*(overrides or []), *text.split()], world_size=world_size)
             for text in layout or [""]
         ]
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
     from ghostvis_mega.perf.gradients import compare_layouts, write_true_gradients
     from ghostvis_mega.session import local_device, open_world
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.figures import Figure, any_missed
 
 EXIT_WRONG_SETTINGS = 2
@@ -34,6 +35,16 @@ def print_rows(rows: Sequence[Figure], *, title: str, as_json: bool) -> None:
         bar = "" if row["bar"] is None else f"{row['bar']:g}"
         table.add_row(row["name"], value, row["unit"], bar, verdict)
     Console().print(table)
+
+
+@contextmanager
+def refusing_settings() -> Iterator[None]:
+    """End with `EXIT_WRONG_SETTINGS` and all problems where the settings read inside are wrong."""
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(EXIT_WRONG_SETTINGS) from None
 
 
 @contextmanager

@@ -8,11 +8,10 @@ Shape legend: R rows, G key/value heads, M query heads of each, D head dim, H hi
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ghostvis_mega.generate.kernels import Heads
+from ghostvis_mega.generate.kernels import Heads, TorchKernels
 
 _BLOCK = 32
 """Positions that attention looks at in one go."""
@@ -176,14 +175,11 @@ def _power(count: int) -> int:
     return triton.next_power_of_2(count)
 
 
-class TritonKernels:
-    """Fused kernels for the steps of decoding; head dims are powers of two from 16 on."""
+class TritonKernels(TorchKernels):
+    """Fused kernels for the steps of decoding; head dims are powers of two from 16 on.
 
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[N, in] -> [N, out], by the library: it reads weights as fast as a kernel of ours did."""
-        return F.linear(x, weight, bias)
+    Matrix products stay the library's, which reads weights as fast as a kernel of ours did.
+    """
 
     def add_norm(
         self, hidden: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -209,7 +205,7 @@ class TritonKernels:
     def activate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """SwiGLU in one kernel; squared ReLU as PyTorch does it."""
         if activation != "swiglu":
-            return F.relu(x).square()
+            return super().activate(x, activation)
         count, size = x.shape[0], x.shape[1] // 2
         out = x.new_empty(count, size)
         swiglu_kernel[(count, triton.cdiv(size, 1024))](x, out, size, BLOCK=1024, num_warps=4)

@@ -116,12 +116,8 @@ def build(name: str) -> nn.Module:
     return randomise(GhostVisForConditionalGeneration(config))
 
 
-MODELS = (
-    "qwen2",
-    "qwen2-tied",
-    "llama",
-    "siglip",
-    "clip",
+TEXTS = ("qwen2", "qwen2-tied", "llama")
+VLMS = (
     "llava-siglip",
     "llava-clip",
     "llava-siglip-tied",
@@ -129,6 +125,7 @@ MODELS = (
     "perceiver-clip",
     "avgpool-siglip-norm",
 )
+MODELS = (*TEXTS, "siglip", "clip", *VLMS)
 
 LAYOUTS = ("llava", "llava-flat", "llava-nested")
 

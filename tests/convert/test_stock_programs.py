@@ -24,18 +24,9 @@ from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.data.tokenizer import train_tokenizer
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.utils.errors import CheckpointError
-from tests.convert.cases import IMAGE, build, save
+from tests.convert.cases import IMAGE, TEXTS, VLMS, build, save
 from tests.convert.native_model import NativeModel
 
-VLMS = (
-    "llava-siglip",
-    "llava-clip",
-    "llava-siglip-tied",
-    "perceiver-siglip",
-    "perceiver-clip",
-    "avgpool-siglip-norm",
-)
-TEXTS = ("qwen2", "qwen2-tied", "llama")
 OPTIONS = ExportOptions(assets=Assets(tokens={"image": IMAGE, "eos": 2, "pad": 0}))
 PROMPTS: list[tuple[list[int], tuple[int, ...]]] = [
     ([7, 30, 41, 9, 100, 64], ()),

@@ -10,19 +10,10 @@ import torch
 
 from ghostvis_mega.generate.engine import Engine
 from ghostvis_mega.parallel.groups import Groups
-from tests.convert.cases import IMAGE
+from tests.convert.cases import IMAGE, TEXTS, VLMS
 from tests.convert.native_model import NativeModel
 from tests.generate.models import PROMPTS, Made, engine_of, pixels, request
 
-VLMS = (
-    "llava-siglip",
-    "llava-clip",
-    "llava-siglip-tied",
-    "perceiver-siglip",
-    "perceiver-clip",
-    "avgpool-siglip-norm",
-)
-TEXTS = ("qwen2", "qwen2-tied", "llama")
 FORCED = [[11, 90, 6, 33], [64, 64, 2, 150], [140, 0, 17, 8]]
 """What follows each prompt, whatever the model thinks of it."""
 Fault = Callable[[Engine, torch.Tensor, int], torch.Tensor]

@@ -22,19 +22,10 @@ from ghostvis_mega.generate.memory import OutOfMemory
 from ghostvis_mega.generate.pictures import EmbeddingCache
 from ghostvis_mega.generate.sampling import Modes, RowOptions, Sampling, SamplingError, choose
 from ghostvis_mega.parallel.groups import Groups
-from tests.convert.cases import IMAGE
+from tests.convert.cases import IMAGE, TEXTS, VLMS
 from tests.convert.native_model import NativeModel
 from tests.generate.models import CPU, PICTURES, PROMPTS, Made, engine_of, pixels, request
 
-VLMS = (
-    "llava-siglip",
-    "llava-clip",
-    "llava-siglip-tied",
-    "perceiver-siglip",
-    "perceiver-clip",
-    "avgpool-siglip-norm",
-)
-TEXTS = ("qwen2", "qwen2-tied", "llama")
 LENGTH = 8
 
 
