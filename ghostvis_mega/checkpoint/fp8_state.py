@@ -41,7 +41,8 @@ def capture_fp8_state(chunks: Iterable[LLMChunk]) -> list[tuple[str, torch.Tenso
 def restore_fp8_state(
     chunks: Iterable[LLMChunk], saved: Mapping[str, torch.Tensor], *, of_all_ranks: bool = False
 ) -> None:
-    """Put scales and histories back, before the first forward pass.
+    """Put scales and histories back, before the first forward pass; a warning if a model that
+    needs some finds none.
 
     Args:
         chunks: The model of this rank.
@@ -49,12 +50,17 @@ def restore_fp8_state(
         of_all_ranks: Whether `saved` is of the whole model, so that some layers are elsewhere.
     """
     mine = {name: tensor for name, tensor in saved.items() if name.startswith(FP8_PREFIX)}
-    known = dict(_modules(chunks)) if mine else {}
+    known = dict(_modules(chunks))
     by_module = {name.rsplit("/", 2)[0] for name in mine}
     unknown = sorted(by_module - known.keys())
     if unknown and not of_all_ranks:
         log.warning(
             "the checkpoint holds FP8 scales of %s, which does not run in FP8: left out", unknown[0]
+        )
+    if known and not mine:
+        log.warning(
+            "train.fp8=delayed, but the checkpoint holds no FP8 scales: they begin at 1 and follow "
+            "the values of the next steps"
         )
     for name in sorted(by_module & known.keys()):
         module = known[name]

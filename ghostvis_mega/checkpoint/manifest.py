@@ -62,8 +62,9 @@ class FileInfo(_Part):
     """Of the content, where its writer has it: shows damage several times as fast as SHA-256."""
     kind: Kind
     """weights: tensors `NAME`; optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and, where the weights
-    are not fp32 themselves, `master/NAME`; random: states of the random generators,
-    and with delayed FP8 scaling its scales and histories."""
+    are not fp32 themselves, `master/NAME`; random: states of the random generators
+    (not of a checkpoint that was cut anew) and, with delayed FP8 scaling, its scales and
+    histories."""
     rank: int = Field(ge=0)
     tensor_rank: int = Field(ge=0)
     """Which tensor-parallel part of cut parameters the slices count in."""

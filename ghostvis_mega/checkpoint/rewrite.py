@@ -17,9 +17,9 @@ import torch
 
 from ghostvis_mega.checkpoint.held import MOMENTS
 from ghostvis_mega.checkpoint.manifest import Kind, ParameterInfo, write_manifest
-from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.checkpoint.reader import FP8_PREFIX, CheckpointReader
 from ghostvis_mega.checkpoint.resharding import Part, missing_part, read_part
-from ghostvis_mega.checkpoint.tensors import Later, write_later
+from ghostvis_mega.checkpoint.tensors import Later, write_later, write_tensors
 from ghostvis_mega.config.rules_pipeline import stage_layers
 from ghostvis_mega.config.schema import ParallelConfig
 from ghostvis_mega.utils.environment import package_versions
@@ -43,7 +43,8 @@ class Target:
 
 
 def reshard(source: Path, output: Path, target: Target) -> Path:
-    """Write `source` anew as a run of `target` would have saved it, without random generators.
+    """Write `source` anew as a run of `target` would have saved it, without random generators: the
+    ranks that these belong to are not those of the target.
 
     Raises:
         CheckpointError: The source is damaged, the model cannot be cut so, or `output` exists.
@@ -59,8 +60,10 @@ def reshard(source: Path, output: Path, target: Target) -> Path:
         done = False
         try:
             files: dict[str, Any] = {}
+            fp8_state = reader.fp8_state()
             for rank in range(target.world_size):
                 files |= _write_rank(reader, temporary, target, sizes, rank)
+                files |= _write_fp8_state(fp8_state, temporary, target, sizes, rank)
             _write_manifest(reader, temporary, target, files)
             os.replace(temporary, output)
             done = True
@@ -133,6 +136,30 @@ def _write_rank(
             "slices": slices,
         }
     return entries
+
+
+def _write_fp8_state(
+    saved: dict[str, torch.Tensor],
+    folder: Path,
+    target: Target,
+    sizes: tuple[int, ...],
+    rank: int,
+) -> dict[str, Any]:
+    """Scales and histories of the layers of one rank; their entry for the manifest, if any."""
+    tensor = rank % target.parallel.tensor
+    stage = rank // target.parallel.tensor // target.replicas
+    virtual = target.parallel.virtual_pipeline
+    tensors = [
+        (key, value)
+        for key, value in saved.items()
+        if _stage_of(key.removeprefix(FP8_PREFIX), sizes, virtual) == stage
+    ]
+    if not tensors:
+        return {}
+    file = CheckpointReader.random_file(rank)
+    size, digest = write_tensors(folder / file, tensors, metadata={})
+    about = {"kind": "random", "rank": rank, "tensor_rank": tensor, "slices": {}}
+    return {file: {"bytes": size, "sha256": digest, **about}}
 
 
 def _parts_of(

@@ -283,12 +283,13 @@ def _restore_own(engine: TrainEngine, reader: CheckpointReader) -> None:
     training draws from them; dropout and augmentation are functions of seed and step.
     """
     saved, rank = reader.manifest.layout, engine.groups.rank
-    if same_places(saved, layout_of(engine)) and reader.random_file(rank) in reader.manifest.files:
+    has_own = reader.random_file(rank) in reader.manifest.files
+    if has_own and same_places(saved, layout_of(engine)):
         tensors, texts = reader.random_state(rank)
-        restore_random_state(tensors, texts)
+        if texts:  # `ckpt reshard` writes scales alone
+            restore_random_state(tensors, texts)
         restore_fp8_state(engine.parts.chunks, tensors)
-        return
-    if engine.run.train.fp8 == "delayed":
+    elif engine.run.train.fp8 == "delayed":
         restore_fp8_state(engine.parts.chunks, reader.fp8_state(), of_all_ranks=True)
 
 

@@ -39,7 +39,7 @@ Example (a run resumes from any layout without this as well):
   python -m ghostvis_mega ckpt reshard one two --world 2 --tensor 2
 
 \b
-Weights, masters, moments and counts are the same bits. States of random generators are left out:
+Weights, masters, moments, counts and FP8 scales are the same bits. Random generators are left out:
 nothing in training draws from them.
 """
 PRUNE_HELP = """Delete all but the newest complete checkpoints that verify.

@@ -10,7 +10,7 @@ from ghostvis_mega.checkpoint.folder import CheckpointFolder
 from ghostvis_mega.checkpoint.manifest import read_manifest
 from ghostvis_mega.cli.main import app
 from tests.checkpoint.consolidate import consolidate, differing
-from tests.checkpoint.tiny import NAME, write_tiny
+from tests.checkpoint.tiny import with_moments, write_tiny
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_reshard_writes_the_same_bits_in_other_files(
     folder: CheckpointFolder, tmp_path: Path, layout: tuple[int, int, int]
 ):
     world, tensor, pipeline = layout
-    source, out = with_model(folder.directory(1)), tmp_path / "out"
+    source, out = with_moments(folder.directory(1)), tmp_path / "out"
     options = ("--world", world, "--tensor", tensor, "--pipeline", pipeline)
     result = ckpt("reshard", source, out, *options)
     assert result.exit_code == 0, result.output
@@ -83,28 +83,6 @@ def test_reshard_writes_the_same_bits_in_other_files(
     assert differing(consolidate(source), consolidate(back)) == []
 
 
-def with_model(path: Path) -> Path:
-    """The tiny checkpoint with all optimizer tensors, so that it can be cut."""
-    import torch
-
-    from ghostvis_mega.checkpoint.manifest import write_manifest
-    from ghostvis_mega.checkpoint.tensors import write_tensors
-    from tests.checkpoint.tiny import part_of
-
-    document = json.loads((path / "manifest.json").read_text())
-    document["layout"] |= {"model.llm.num_layers": 2, "model.llm.num_kv_heads": 2}
-    for name, info in document["files"].items():
-        if info["kind"] == "optimizer":
-            (path / name).unlink()
-            start, length = info["slices"][NAME]
-            part = part_of(info["tensor_rank"]).flatten()[start : start + length]
-            tensors = [(f"exp_avg/{NAME}", -part), (f"exp_avg_sq/{NAME}", torch.square(part))]
-            size, digest = write_tensors(path / name, tensors, metadata={})
-            info |= {"bytes": size, "sha256": digest}
-    write_manifest(path, document)
-    return path
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -116,7 +94,7 @@ def with_model(path: Path) -> Path:
 def test_reshard_refuses_what_cannot_be_cut(
     folder: CheckpointFolder, tmp_path: Path, options: tuple, says: str
 ):
-    source = with_model(folder.directory(1))
+    source = with_moments(folder.directory(1))
     result = ckpt("reshard", source, tmp_path / "out", *options)
     assert result.exit_code == 2 and says in result.stderr
     flip(source / "llm-00000.safetensors")

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from ghostvis_mega.checkpoint import fp8_state
+from ghostvis_mega.checkpoint import fp8_state, store
 from ghostvis_mega.checkpoint.manifest import write_manifest
 from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.checkpoint.rewrite import Target, reshard
 from ghostvis_mega.checkpoint.tensors import write_tensors
+from ghostvis_mega.config.schema import ParallelConfig
 from ghostvis_mega.model.llm import LLMChunk
-from tests.checkpoint.tiny import write_tiny
+from tests.checkpoint.tiny import with_moments, write_tiny
 
 
 class FakeLinear(nn.Module):
@@ -93,20 +95,71 @@ def test_a_rank_of_the_same_place_takes_its_own_and_says_what_is_too_much(
     assert "FP8 scales of fp8/decoder.layers.3.linear" in caplog.text
 
 
+def test_a_checkpoint_without_scales_is_a_warning_where_some_are_needed(
+    caplog: pytest.LogCaptureFixture,
+):
+    fp8_state.restore_fp8_state([FakeChunk({0: None}, recipe="tensorwise")], {}, of_all_ranks=True)
+    assert not caplog.records
+    fp8_state.restore_fp8_state([FakeChunk({0: None})], {"torch/cpu": torch.zeros(1)})
+    assert caplog.text.count("the checkpoint holds no FP8 scales") == 1
+
+
 def test_other_recipes_remember_nothing():
     assert fp8_state.capture_fp8_state([FakeChunk({0: 1.0}, recipe="tensorwise")]) == []
 
 
+def add_random(path: Path, rank: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """What a rank remembers, into a checkpoint."""
+    document = json.loads((path / "manifest.json").read_text())
+    name = CheckpointReader.random_file(rank)
+    (path / name).unlink(missing_ok=True)
+    size, digest = write_tensors(path / name, tensors, metadata={"python": "{}"})
+    entry = {"bytes": size, "sha256": digest, "kind": "random", "rank": rank}
+    document["files"][name] = entry | {"tensor_rank": 0, "slices": {}}
+    write_manifest(path, document)
+
+
 def test_the_reader_collects_layers_over_the_files_of_all_ranks(tmp_path: Path):
     path = write_tiny(tmp_path / "step-00000003")
-    document = json.loads((path / "manifest.json").read_text())
     for rank, layers in ((1, "ab"), (2, "bc")):
-        name = f"random-{rank:05d}.safetensors"
-        tensors = [(f"fp8/{layer}/scale", torch.tensor([float(rank)])) for layer in layers]
-        size, digest = write_tensors(path / name, tensors, metadata={})
-        entry = {"bytes": size, "sha256": digest, "kind": "random", "rank": rank}
-        document["files"][name] = entry | {"tensor_rank": 0, "slices": {}}
-    write_manifest(path, document)
+        add_random(path, rank, [(f"fp8/{n}/scale", torch.tensor([float(rank)])) for n in layers])
     with CheckpointReader(path) as reader:
         found = {name: tensor.item() for name, tensor in reader.fp8_state().items()}
     assert found == {"fp8/a/scale": 1.0, "fp8/b/scale": 1.0, "fp8/c/scale": 2.0}
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_a_checkpoint_cut_anew_has_the_scales_of_each_rank_in_its_file(
+    tmp_path: Path, pipeline: int, monkeypatch: pytest.MonkeyPatch
+):
+    source = with_moments(write_tiny(tmp_path / "step-00000003"), num_layers=4)
+    everything = saved({0: 1.0, 1: 2.0}, {2: 3.0, 3: 4.0})
+    add_random(source, 0, [*saved({0: 1.0, 1: 2.0}).items(), ("torch/cpu", torch.zeros(9))])
+    add_random(source, 1, [*saved({2: 3.0, 3: 4.0}).items(), ("torch/cpu", torch.ones(9))])
+    out = tmp_path / "out"
+    parallel = ParallelConfig(pipeline=pipeline)
+    reshard(source, out, Target(parallel, world_size=2 * pipeline))
+    each = 4 // pipeline
+    with CheckpointReader(out) as reader:
+        assert reader.damage(reader.files()) == []
+        assert reader.fp8_state().keys() == everything.keys()
+        for rank in range(2 * pipeline):
+            tensors, texts = reader.random_state(rank)
+            assert "torch/cpu" not in tensors and not texts
+            first = rank // 2 * each
+            assert restored(reader, rank, range(first, first + each), monkeypatch).values() == [
+                EXPECTED[n] for n in range(first, first + each)
+            ]
+
+
+def restored(
+    reader: CheckpointReader, rank: int, layers: range, monkeypatch: pytest.MonkeyPatch
+) -> FakeChunk:
+    """The model of a rank that resumes in the layout of the checkpoint."""
+    chunk = FakeChunk(dict.fromkeys(layers))
+    engine = SimpleNamespace(
+        groups=SimpleNamespace(rank=rank), parts=SimpleNamespace(chunks=[chunk])
+    )
+    monkeypatch.setattr(store, "layout_of", lambda engine: reader.manifest.layout)
+    store._restore_own(engine, reader)
+    return chunk

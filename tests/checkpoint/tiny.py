@@ -1,5 +1,6 @@
 """A small checkpoint written by hand: two tensor-parallel ranks, moments cut by two replicas."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -71,4 +72,20 @@ def write_tiny(path: Path, *, serial: int = 1, step: int = 3) -> Path:
             "extra": {},
         },
     )
+    return path
+
+
+def with_moments(path: Path, *, num_layers: int = 2) -> Path:
+    """The checkpoint at `path` with all optimizer tensors, so that it can be cut."""
+    document = json.loads((path / "manifest.json").read_text())
+    document["layout"] |= {"model.llm.num_layers": num_layers, "model.llm.num_kv_heads": 2}
+    for name, info in document["files"].items():
+        if info["kind"] == "optimizer":
+            (path / name).unlink()
+            start, length = info["slices"][NAME]
+            part = part_of(info["tensor_rank"]).flatten()[start : start + length]
+            tensors = [(f"exp_avg/{NAME}", -part), (f"exp_avg_sq/{NAME}", torch.square(part))]
+            size, digest = write_tensors(path / name, tensors, metadata={})
+            info |= {"bytes": size, "sha256": digest}
+    write_manifest(path, document)
     return path
