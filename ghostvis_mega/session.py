@@ -5,19 +5,20 @@ import datetime
 import logging
 import os
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy
 import torch
 import torch.distributed as dist
 
 from ghostvis_mega.checkpoint.bundle import write_bundle
+from ghostvis_mega.checkpoint.lease import Lease
 from ghostvis_mega.checkpoint.run_state import RunState
 from ghostvis_mega.checkpoint.store import CheckpointStore
-from ghostvis_mega.checkpoint.together import on_every_rank
+from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.convert.online import Exporter
 from ghostvis_mega.data.dataset import Dataset
@@ -64,6 +65,8 @@ class World:
     watchdog: Watchdog
     calls: CallWatch
     """Of this process to the others."""
+    launch: str
+    """Its name, the same on all ranks; no other launch has it."""
 
 
 @contextlib.contextmanager
@@ -88,18 +91,19 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     random.seed(run.train.seed)
     numpy.random.seed(run.train.seed % 2**32)
     torch.manual_seed(run.train.seed)
+    launch = _launch_name()
     with CallWatch() as calls:
         watchdog = Watchdog(
             timeout_s=run.train.timeout_s,
             rank=rank,
             world_size=size,
-            folder=hang_folder(run),
+            folder=run.log.output / "hangs" / launch,
             calls=calls,
         )
         try:
             groups = build_groups(Degrees.of(run, world_size=size), seed=run.train.seed)
             calls.labels = group_labels(groups)
-            yield World(groups=groups, device=device, watchdog=watchdog, calls=calls)
+            yield World(groups=groups, device=device, watchdog=watchdog, calls=calls, launch=launch)
         finally:
             watchdog.close()
     # Not after an error: other ranks may still wait in a collective, and taking the groups down
@@ -108,11 +112,12 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def hang_folder(run: RunConfig) -> Path:
-    """Where the ranks of this launch would report a hang; collective."""
-    name = [f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"]
+def _launch_name() -> str:
+    """A name for this launch; collective."""
+    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    name = [f"{now}-{os.getpid()}-{secrets.token_hex(2)}"]
     dist.broadcast_object_list(name, src=0)
-    return run.log.output / "hangs" / name[0]
+    return name[0]
 
 
 def local_device(run: RunConfig) -> torch.device:
@@ -153,7 +158,7 @@ class Training:
         engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
-        store = CheckpointStore(run.log.output / "checkpoints", keep=run.checkpoint.keep)
+        store = self.take_folder()
         feed = Feed(run, groups, train)
         guards = Guards(run, places=groups.places, rank=groups.rank)
         state = RunState(store=store, engine=engine, feed=feed, guards=guards)
@@ -202,6 +207,14 @@ class Training:
         if groups.rank == 0:
             atomic_write_json(run.log.output / "summary.json", dict(summary))
         return summary
+
+    def take_folder(self) -> CheckpointStore:
+        """The run's checkpoints, which from now on are this launch's; collective."""
+        lease = Lease(self.run.log.output, launch=self.world.launch)
+        on_first_rank(lease.take)
+        return CheckpointStore(
+            self.run.log.output / "checkpoints", keep=self.run.checkpoint.keep, lease=lease
+        )
 
     def saving(self, state: RunState) -> Callable[[int], None]:
         """What the loop calls to save, with the export that the settings ask for."""

@@ -8,7 +8,7 @@ from ghostvis_mega.config.schema import CheckpointConfig
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.train.guards import Guards
-from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, FolderTakenError
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class RunState:
         None where there is none."""
         try:
             self.store.wait()
+        except FolderTakenError:
+            raise
         except CheckpointError as error:
             log.warning("%s. Going back to the checkpoint before it", error)
         state = self.store.go_back(self.engine)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.folder import CheckpointFolder
+from ghostvis_mega.checkpoint.lease import Lease
 from ghostvis_mega.checkpoint.manifest import (
     FileInfo,
     digest_problem,
@@ -25,7 +26,7 @@ from ghostvis_mega.checkpoint.manifest import (
 from ghostvis_mega.checkpoint.snapshot import Snapshot
 from ghostvis_mega.checkpoint.tensors import write_buffer
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
-from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, FolderTakenError
 from ghostvis_mega.utils.files import fsync_directory
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def write_checkpoint(
     extra: dict[str, JsonValue],
     keep: int,
     group: dist.ProcessGroup | None,
+    lease: Lease | None = None,
 ) -> Path:
     """Write what all ranks have of one step; collective over `group`.
 
@@ -47,21 +49,29 @@ def write_checkpoint(
         extra: JSON values; the first rank's are kept.
         keep: Complete checkpoints that stay.
         group: Of all ranks; None takes the default one.
+        lease: Must be ours before anything is removed and before the checkpoint gets its name.
 
     Raises:
+        FolderTakenError: Another launch has the folder; what it saves there is as it was.
         CheckpointError: A rank could not write; older checkpoints are as they were.
     """
     began, step = time.perf_counter(), snapshot.step
     try:
         total = sum(on_every_rank(lambda: snapshot.num_bytes, group=group))
-        temporary = on_first_rank(lambda: folder.begin(step, num_bytes=total), group=group)
+        temporary = on_first_rank(
+            lambda: _begin(folder, step, num_bytes=total, lease=lease), group=group
+        )
         written = on_every_rank(lambda: _write_own(snapshot, temporary), group=group)
         path = on_first_rank(
-            lambda: _finish(folder, snapshot, written, extra=extra, keep=keep), group=group
+            lambda: _finish(folder, snapshot, written, extra=extra, keep=keep, lease=lease),
+            group=group,
         )
+    except FolderTakenError:
+        raise
     except CheckpointError as error:
-        if snapshot.rank == 0:
-            folder.discard(step)
+        # A launch that takes the folder over removes what is half-written there, which looks like
+        # a broken disk, and may already write under the same name.
+        on_first_rank(lambda: _discard(folder, step, lease=lease), group=group)
         raise CheckpointError(
             f"the checkpoint after step {step} could not be saved: {error}"
         ) from error
@@ -70,6 +80,18 @@ def write_checkpoint(
         seconds = time.perf_counter() - began
         log.info("saved %s: %.1f MB in %.1f s", path, size / 1e6, seconds)
     return path
+
+
+def _begin(folder: CheckpointFolder, step: int, *, num_bytes: int, lease: Lease | None) -> Path:
+    if lease is not None:
+        lease.check()
+    return folder.begin(step, num_bytes=num_bytes)
+
+
+def _discard(folder: CheckpointFolder, step: int, *, lease: Lease | None) -> None:
+    if lease is not None:
+        lease.check()
+    folder.discard(step)
 
 
 def _write_own(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
@@ -101,6 +123,7 @@ def _finish(
     *,
     extra: dict[str, JsonValue],
     keep: int,
+    lease: Lease | None,
 ) -> Path:
     """The first rank's part: all files are on the disk, so the manifest may say so."""
     temporary = folder.temporary(snapshot.step)
@@ -123,6 +146,8 @@ def _finish(
             raise CheckpointError(f"{problem}: do all nodes see the same folder?")
     fsync_directory(temporary)
     write_manifest(temporary, document)
+    if lease is not None:
+        lease.check()
     path = folder.publish(snapshot.step)
     folder.prune(keep)
     return path

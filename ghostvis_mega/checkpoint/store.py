@@ -18,6 +18,7 @@ from pydantic import JsonValue
 from ghostvis_mega.checkpoint.folder import CheckpointFolder, open_complete
 from ghostvis_mega.checkpoint.fp8_state import restore_fp8_state
 from ghostvis_mega.checkpoint.layout import layout_change, layout_of, same_places
+from ghostvis_mega.checkpoint.lease import Lease
 from ghostvis_mega.checkpoint.random_state import restore_random_state
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.checkpoint.restore import (
@@ -32,7 +33,7 @@ from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot, make_buffer
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups
-from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError, FolderTakenError
 from ghostvis_mega.utils.files import canonical_json
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,12 @@ class CheckpointStore:
     Args:
         folder: Where they lie; every rank must see it under this name.
         keep: How many complete ones stay.
+        lease: This launch's hold on the folder; None where no other launch can save there.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, *, keep: int, lease: Lease | None = None):
         assert keep >= 1, "the newest checkpoint always stays"
-        self.folder, self.keep = CheckpointFolder(folder), keep
+        self.folder, self.keep, self.lease = CheckpointFolder(folder), keep, lease
         self.stall_s = 0.0
         """How long the last `begin` kept training, the wait for an earlier save left aside."""
         self.state_bytes = 0
@@ -94,8 +96,18 @@ class CheckpointStore:
             CheckpointError: A rank could not write; older checkpoints are as they were.
         """
         self.wait()
-        snapshot = self._snapshot(engine, step=step)
-        return write_checkpoint(self.folder, snapshot, extra=extra, keep=self.keep, group=None)
+        return self._write(self._snapshot(engine, step=step), extra=extra, group=None)
+
+    def _write(
+        self,
+        snapshot: Snapshot,
+        *,
+        extra: dict[str, JsonValue],
+        group: dist.ProcessGroup | None,
+    ) -> Path:
+        return write_checkpoint(
+            self.folder, snapshot, extra=extra, keep=self.keep, group=group, lease=self.lease
+        )
 
     def prepare(self, engine: TrainEngine) -> None:
         """Take the host memory that saves need, before training; else the first one does."""
@@ -108,7 +120,8 @@ class CheckpointStore:
         A save that fails is a warning; it counts as failed when the next one begins.
 
         Raises:
-            CheckpointError: `MAX_FAILED` saves in a row have failed.
+            CheckpointError: `MAX_FAILED` saves in a row have failed, or (FolderTakenError) the
+                folder belongs to another launch.
         """
         canonical_json(extra)
         self._collect()
@@ -118,13 +131,14 @@ class CheckpointStore:
                 # Its own group: what the thread says to its like must not get between the
                 # messages of training.
                 self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
+        if self.lease is not None:
+            # Here as well as in the thread: a launch that lost its folder trains no step more.
+            on_first_rank(self.lease.check, group=self._group)
         began = time.perf_counter()
         snapshot = self._snapshot(engine, step=step)
         self.stall_s = time.perf_counter() - began
         self.state_bytes = snapshot.num_bytes
-        self._pending = self._thread.submit(
-            write_checkpoint, self.folder, snapshot, extra=extra, keep=self.keep, group=self._group
-        )
+        self._pending = self._thread.submit(self._write, snapshot, extra=extra, group=self._group)
 
     @property
     def writing(self) -> bool:
@@ -146,6 +160,8 @@ class CheckpointStore:
         """What became of the save before; the same on all ranks."""
         try:
             self.wait()
+        except FolderTakenError:
+            raise
         except CheckpointError as error:
             self._failed += 1
             if self._failed == MAX_FAILED:

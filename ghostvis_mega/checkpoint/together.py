@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.errors import CheckpointError, FolderTakenError
 
 
 def on_every_rank[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -18,22 +18,23 @@ def on_every_rank[T](action: Callable[[], T], *, group: dist.ProcessGroup | None
 
     Raises:
         CheckpointError: It failed on some rank; raised on all of them, so that none waits for one
-            that is gone.
+            that is gone. FolderTakenError stays one.
     """
     result: T | None = None
     failure: str | None = None
+    taken = False
     try:
         result = action()
     except (OSError, CheckpointError) as error:
-        failure = str(error)
-    outcomes: list[tuple[T | None, str | None] | None] = [(result, failure)]
+        failure, taken = str(error), isinstance(error, FolderTakenError)
+    outcomes: list[tuple[T | None, str | None, bool] | None] = [(result, failure, taken)]
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure), group=group)
-    failures = {rank: o[1] for rank, o in enumerate(outcomes) if o is not None and o[1] is not None}
-    if failures:
+        dist.all_gather_object(outcomes, (result, failure, taken), group=group)
+    if failures := [o[1] for o in outcomes if o is not None and o[1] is not None]:
+        kind = FolderTakenError if any(o[2] for o in outcomes if o is not None) else CheckpointError
         # Ranks that share a cause say the same.
-        raise CheckpointError("; ".join(dict.fromkeys(failures.values())))
+        raise kind("; ".join(dict.fromkeys(failures)))
     return [outcome[0] for outcome in outcomes]
 
 

@@ -33,6 +33,10 @@ class DamagedCheckpointError(CheckpointError):
     """A complete checkpoint whose files are not what was saved; an older one may do."""
 
 
+class FolderTakenError(CheckpointError):
+    """The folder belongs to another launch, so that this one must not write there."""
+
+
 class TrainingError(GhostVisError, RuntimeError):
     """A run that cannot go on learning; its last checkpoint is as it was."""
 
