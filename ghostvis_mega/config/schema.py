@@ -260,6 +260,9 @@ class TrainConfig(Section):
     freeze: tuple[Module, ...] = ()
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing of the LLM: nothing, the MLP of each layer, or whole layers."""
+    fused_wgrad: bool = False
+    """On GPUs in BF16 with ZeRO stage 1 or 2, the LLM's matrix products add weight gradients to
+    fp32 sums themselves, instead of handing each micro-batch's to autograd; no effect elsewhere."""
     deterministic: bool = False
     """Equal runs give equal bits: reproducible kernels only, on the CPU one thread a process."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0

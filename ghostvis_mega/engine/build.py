@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ghostvis_mega.config.deepspeed import resolve_deepspeed
+from ghostvis_mega.config.deepspeed import ResolvedDeepSpeed, resolve_deepspeed
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.engine.holder import hold_llm, hold_vision
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
@@ -34,7 +34,10 @@ class Parts:
 def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Parts:
     """Build, initialise and freeze the model of this rank and wrap what trains."""
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    chunks = build_chunks(run, groups, device=device, dtype=dtype)
+    world_size = len(groups.places)
+    settings = resolve_deepspeed(run.deepspeed.llm, run=run, engine="llm", world_size=world_size)
+    fused_wgrad = fuses_wgrad(run, settings, device)
+    chunks = build_chunks(run, groups, device=device, dtype=dtype, fused_wgrad=fused_wgrad)
     encoder = build_encoder(run, device=device, dtype=dtype)
     if "llm" in run.train.freeze:
         for chunk in chunks:
@@ -53,26 +56,31 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
         llm_engine = ZeroEngine(
             hold_llm(chunks),
             optim=run.optim,
-            settings=resolve_deepspeed(
-                run.deepspeed.llm, run=run, engine="llm", world_size=len(groups.places)
-            ),
+            settings=settings,
             grid=LLMGrid(groups),
             groups=groups,
             device=device,
+            fused_wgrad=fused_wgrad,
         )
     if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
-        settings = run.deepspeed.vision or run.deepspeed.llm
+        file = run.deepspeed.vision or run.deepspeed.llm
         vision_engine = ZeroEngine(
             hold_vision(encoder),
             optim=run.optim,
-            settings=resolve_deepspeed(
-                settings, run=run, engine="vision", world_size=len(groups.places)
-            ),
+            settings=resolve_deepspeed(file, run=run, engine="vision", world_size=world_size),
             grid=WorldGrid(groups),
             groups=groups,
             device=device,
         )
     return Parts(chunks=chunks, encoder=encoder, llm_engine=llm_engine, vision_engine=vision_engine)
+
+
+def fuses_wgrad(run: RunConfig, settings: ResolvedDeepSpeed, device: torch.device) -> bool:
+    """Whether the LLM's linear layers add up their weight gradients themselves, in fp32."""
+    fits = device.type == "cuda" and run.train.precision == "bf16" and settings.stage in (1, 2)
+    fused = run.train.fused_wgrad and fits and "llm" not in run.train.freeze
+    log.info("weight gradients of the LLM: %s", "by the GEMM, fp32" if fused else "by autograd")
+    return fused
 
 
 def block_layout(run: RunConfig, degrees: Degrees) -> BlockLayout:
@@ -97,6 +105,7 @@ def build_chunks(
     device: torch.device,
     dtype: torch.dtype,
     backend: Backend | None = None,
+    fused_wgrad: bool = False,
 ) -> list[LLMChunk]:
     """The LLM chunks of this pipeline stage, initialised.
 
@@ -106,6 +115,7 @@ def build_chunks(
         device: Of the parameters.
         dtype: Of the parameters.
         backend: Layer implementation; by default the one that suits the device.
+        fused_wgrad: Weight gradients go to `main_grad`, which `ZeroEngine` provides.
     """
     degrees, llm = groups.degrees, run.model.llm
     backend = backend or choose_backend(device)
@@ -117,6 +127,7 @@ def build_chunks(
         backend=backend,
         recompute=run.train.recompute,
         fp8=run.train.fp8 if backend == "te" else "none",
+        fused_wgrad=fused_wgrad,
     )
     log.info(
         "LLM layers: %s",

@@ -56,6 +56,8 @@ class ZeroEngine:
         grid: Whose data-parallel group the gradients are averaged over.
         groups: Of this rank.
         device: Where the parameters are.
+        fused_wgrad: The modules add weight gradients to `parameter.main_grad` and give autograd
+            none (stages 1 and 2).
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class ZeroEngine:
         grid: LLMGrid | WorldGrid,
         groups: Groups,
         device: torch.device,
+        fused_wgrad: bool = False,
     ):
+        self.fused_wgrad = fused_wgrad
         self.holder, self.stage, self.grid, self.groups = holder, settings.stage, grid, groups
         self.offload = settings.offload
         self.own_not_finite = torch.zeros((), device=device)
@@ -113,7 +117,11 @@ class ZeroEngine:
             contextlib.nullcontext() if self.stage == 0 else self.engine.coalesce_grad_reduction()
         )
         with context:
-            yield
+            if self.fused_wgrad:
+                with self._main_grads():
+                    yield
+            else:
+                yield
             fill_missing_gradients(self.trained)
             own = [p.grad for p in self.trained]
             self.own_not_finite = not_finite(own, device=self._device)
@@ -126,6 +134,22 @@ class ZeroEngine:
                 self.grid.get_data_parallel_group(),
                 bucket_elements=self.bucket_elements,
             )
+
+    @contextlib.contextmanager
+    def _main_grads(self) -> Iterator[None]:
+        """Backward passes inside find `main_grad`, an fp32 sum, on every parameter.
+
+        It is the parameter's `.grad` itself: modules that know `main_grad` add to it in their GEMM,
+        and autograd adds the gradients of all others to the same numbers. Transformer Engine
+        returns nothing for a weight without the attribute `grad_added_to_main_grad`, so that
+        nothing is added twice.
+        """
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.main_grad = parameter.grad
+        yield
+        for parameter in self.trained:
+            del parameter.main_grad
 
     def set_learning_rates(self, factor: float, optim: OptimConfig) -> None:
         """Scale every group's peak learning rate."""

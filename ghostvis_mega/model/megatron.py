@@ -67,6 +67,7 @@ def transformer_config(
     backend: Backend,
     recompute: str = "none",
     fp8: str = "none",
+    fused_wgrad: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the LLM.
 
@@ -78,6 +79,8 @@ def transformer_config(
         recompute: Activation checkpointing: "none", "selective" (each layer's MLP) or "full"
             (every layer).
         fp8: Recipe of the linear layers: "none", "delayed", "tensorwise" or "blockwise".
+        fused_wgrad: The linear layers add weight gradients to `weight.main_grad`, which the engine
+            must provide, instead of returning them to autograd.
     """
     on_gpu = backend == "te"
     return TransformerConfig(
@@ -109,7 +112,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_wgrad,
         apply_rope_fusion=on_gpu,
         # Megatron-Core then leaves out its own kernels that add in any order.
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),

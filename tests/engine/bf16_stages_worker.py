@@ -3,15 +3,18 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import layers
 from torch import nn
 
-from ghostvis_mega.engine import zero
+from ghostvis_mega.engine import build, zero
 from ghostvis_mega.engine.inspect import owned_parameters
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
@@ -38,6 +41,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     lab = Lab(Path(os.environ["LAUNCH_FOLDER"]) / "lab")
     rows = {name: train(lab, layout) for name, layout in LAYOUTS.items()}
+    with fused_wgrad() as calls:
+        rows["fused"] = train(lab, LAYOUTS["stage 2"]) | {"calls": len(calls)}
+        rows["fused, stage 1"] = train(lab, LAYOUTS["stage 1"])
+    with fused_wgrad(forgets=2) as calls:
+        rows["fused, forgetful"] = train(lab, LAYOUTS["stage 2"])
     rows["buckets in BF16"] = train(lab, LAYOUTS["stage 2"], bucket=torch.bfloat16)
     if dist.get_rank() == 0:
         write_result(rows)
@@ -71,6 +79,35 @@ def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dic
         "reduction_error": max(errors),
         "weights": digest.hexdigest(),
     }
+
+
+@contextmanager
+def fused_wgrad(forgets: int = -1) -> Iterator[list[int]]:
+    """The LLM's layers add weight gradients to `main_grad` as a fused GEMM does.
+
+    Megatron-Core's own layers do so with APEX's kernel, here a stand-in with its interface.
+
+    Args:
+        forgets: Call that adds nothing.
+
+    Yields:
+        Calls of the kernel.
+    """
+    calls: list[int] = []
+
+    def accumulate(x_RK: torch.Tensor, grad_RN: torch.Tensor, main_NK: torch.Tensor) -> None:
+        assert main_NK.dtype == torch.float32
+        if len(calls) != forgets:
+            main_NK += grad_RN.float().t() @ x_RK.float()
+        calls.append(main_NK.numel())
+
+    kernel = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    with (
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", kernel, create=True),
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(build, "fuses_wgrad", lambda *_: True),
+    ):
+        yield calls
 
 
 def keep_in(local: dict[int, torch.Tensor]):

@@ -42,3 +42,19 @@ def test_all_stages_learn_alike(measured: dict[str, Any], name: str) -> None:
     assert row["losses"] == pytest.approx(measured["stage 2"]["losses"], rel=1e-3)
     assert row["losses"][-1] < row["losses"][0]
     assert all(norm > 1e-3 for norm in row["norms"])
+
+
+def test_gradients_summed_by_the_gemm_are_those_of_autograd(measured: dict[str, Any]) -> None:
+    plain, fused = measured["stage 2"], measured["fused"]
+    assert fused["calls"] > 50
+    assert fused["losses"] == pytest.approx(plain["losses"], rel=2e-3)
+    # Autograd rounds each micro-batch's gradient to BF16 before it adds it up; the GEMM does not.
+    assert fused["norms"] == pytest.approx(plain["norms"], rel=5e-3)
+    assert fused["norms"] != plain["norms"]
+    assert fused["reduction_error"] <= 1e-6
+    assert measured["fused, stage 1"]["weights"] == fused["weights"]
+
+
+def test_a_gemm_that_adds_nothing_would_be_seen(measured: dict[str, Any]) -> None:
+    right, wrong = measured["fused"]["norms"][0], measured["fused, forgetful"]["norms"][0]
+    assert abs(right - wrong) > 1e-4 * right
