@@ -205,8 +205,16 @@ class Training:
         summary |= goodput.summary()
         observers.on_end(summary)
         if groups.rank == 0:
-            atomic_write_json(run.log.output / "summary.json", dict(summary))
+            self.write_summary(summary)
         return summary
+
+    def write_summary(self, summary: Summary) -> None:
+        """Keep it in the run folder, or, where that has no room, in the log."""
+        path = self.run.log.output / "summary.json"
+        try:
+            atomic_write_json(path, dict(summary))
+        except OSError as error:
+            log.warning("%s cannot be written: %s. It would say %s", path, error, dict(summary))
 
     def take_folder(self) -> CheckpointStore:
         """The run's checkpoints, which from now on are this launch's; collective."""

@@ -1,6 +1,7 @@
 """What explains a run that gave up: one folder with its settings, last steps and random states."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from ghostvis_mega.checkpoint.tensors import write_tensors
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.files import atomic_write_json
+
+log = logging.getLogger(__name__)
 
 LAST_STEPS = 100
 
@@ -44,8 +47,15 @@ def write_bundle(run: RunConfig, *, done: int, rank: int, ledger: str) -> Path:
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last whole lines of a file of JSON lines that this run writes."""
+    """The last whole lines of a file of JSON lines that this run writes; a launch that was killed
+    may have left a torn one among them."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines[-LAST_STEPS:]]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[-LAST_STEPS - 1 :]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if line:
+                log.warning("%s has a torn line, which is left out: %.40s", path, line)
+    return rows

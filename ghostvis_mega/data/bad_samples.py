@@ -5,6 +5,7 @@ holds, so the limit is one for the whole run. A checkpoint keeps the number as w
 run goes on without the file.
 """
 
+import errno
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ class BadSamples:
         self._found: dict[tuple[str, int], str] = {}
         self._unlisted = 0
         self._bytes_read = 0
+        self._lost = False
         self._lock = threading.Lock()
 
     @property
@@ -98,7 +100,7 @@ class BadSamples:
         with open(self._path, "rb") as file:
             file.seek(self._bytes_read)
             whole = file.read().rpartition(b"\n")[0]
-        for line in whole.splitlines():
+        for line in filter(None, whole.splitlines()):
             try:
                 row = json.loads(line)
                 kind, data = row["kind"], row.get("data", self._data)
@@ -111,12 +113,31 @@ class BadSamples:
         self._bytes_read += len(whole) + 1 if whole else 0
 
     def _append(self, row: dict[str, object]) -> None:
-        """One write to a file opened for appending: lines of several processes stay whole."""
+        """One write to a file opened for appending: lines of several processes stay whole.
+
+        Where it cannot be written, this process alone counts the sample; a warning, once.
+        """
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        line = (json.dumps(row, sort_keys=True) + "\n").encode()
+        if self._lost:
+            line = b"\n" + line  # the one before may be torn
         try:
-            os.write(descriptor, (json.dumps(row, sort_keys=True) + "\n").encode())
-        finally:
-            os.close(descriptor)
+            _append(self._path, line)
+        except OSError as error:
+            if not self._lost:
+                log.warning(
+                    "%s cannot be written: %s. Training goes on; it does not list all damage",
+                    self._path, error.strerror or error,
+                )  # fmt: skip
+            self._lost = True
+
+
+def _append(path: Path, line: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 class Observers:
     """Passes everything on to each observer, in order; without any it does nothing.
 
-    Once training has begun, one that cannot write costs no training: it is a warning, once.
+    One that cannot write costs no training: it is a warning, once. One that could not even begin
+    is left out from then on.
     """
 
     def __init__(self, members: Sequence[Observer] = ()):
@@ -36,8 +37,16 @@ class Observers:
 
     def on_start(self, run: RunInfo) -> None:
         """Tell every observer."""
+        begun = []
         for member in self.members:
-            member.on_start(run)
+            try:
+                member.on_start(run)
+            except OSError as error:
+                name = type(member).__name__
+                log.warning("%s cannot begin: %s. Training goes on without it", name, error)
+            else:
+                begun.append(member)
+        self.members = tuple(begun)
 
     def on_step(self, m: StepMetrics) -> None:
         """Tell every observer."""

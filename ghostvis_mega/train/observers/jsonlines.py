@@ -1,13 +1,14 @@
 """One JSON line a step for machines."""
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ghostvis_mega.train.lines import LineFile
 from ghostvis_mega.train.metrics import StepMetrics
 from ghostvis_mega.train.observers.base import Preview, RunInfo, Summary, step_mfu
 from ghostvis_mega.utils.errors import DataError
-from ghostvis_mega.utils.files import atomic_write
 
 
 def read_metrics(path: Path, *, last_step: int) -> list[StepMetrics]:
@@ -19,19 +20,21 @@ def read_metrics(path: Path, *, last_step: int) -> list[StepMetrics]:
     Raises:
         DataError: a line before the last is not a step.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    steps = []
+    return [m for m, _ in _whole_lines(path) if m.step <= last_step]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[StepMetrics, int]]:
+    """Each step, and the bytes of its line."""
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
-            m = StepMetrics.from_json(line)
+            m = StepMetrics.from_json(line.decode())
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number}, is not the metrics of a step ({error}); "
                 "move the file away to start a new one"
             ) from error
-        if m.step <= last_step:
-            steps.append(m)
-    return steps
+        yield m, len(line) + 1
 
 
 class JsonLines:
@@ -42,14 +45,21 @@ class JsonLines:
         self._run: RunInfo = {"total_steps": 0}
 
     def on_start(self, run: RunInfo) -> None:
-        """Begin the file; steps after the one that the run resumed from are dropped."""
+        """Steps after the one that the run resumed from are cut off, which takes no room on the
+        disk; the first line makes the file.
+
+        Raises:
+            DataError: a line before the last is not a step.
+        """
         self._run = run
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        start = run.get("start_step", 0)
-        kept = []
-        if start and self._path.exists():
-            kept = read_metrics(self._path, last_step=start)
-        atomic_write(self._path, "".join(f"{self._line(m)}\n" for m in kept).encode("utf-8"))
+        if not self._path.exists():
+            return
+        kept, start = 0, run.get("start_step", 0)
+        for m, num_bytes in _whole_lines(self._path) if start else ():
+            if m.step > start:
+                break
+            kept += num_bytes
+        os.truncate(self._path, kept)
 
     def _line(self, m: StepMetrics) -> str:
         mfu = step_mfu(m, self._run)

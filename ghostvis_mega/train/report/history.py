@@ -33,9 +33,8 @@ class PreviewHistory:
         Raises:
             DataError: a file that is kept does not hold previews.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         kept = {}
-        for path in sorted(self._folder.iterdir()):
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             match = _FILE_NAME.fullmatch(path.name)
             if match is None:
                 continue
@@ -48,6 +47,8 @@ class PreviewHistory:
 
     def keep(self, step: int, previews: list[Preview]) -> None:
         """Write the previews of a step."""
+        # Not before: a disk that is full at the start may have room by then.
+        self._folder.mkdir(parents=True, exist_ok=True)
         document = {"step": step, "previews": [_to_json(preview) for preview in previews]}
         atomic_write_json(self._folder / f"step-{step:08d}.json", document)
 

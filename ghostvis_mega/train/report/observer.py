@@ -76,6 +76,7 @@ class HtmlReport:
         began_s = time.perf_counter()
         if self._account is not None:
             self._data.account = self._account()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self._path, render_page(self._data).encode("utf-8"))
         ended_s = time.perf_counter()
         self._not_before_s = ended_s + COST_LIMIT * (ended_s - began_s)
