@@ -106,6 +106,7 @@ def build_chunks(
     dtype: torch.dtype,
     backend: Backend | None = None,
     fused_wgrad: bool = False,
+    fused_loss: bool | None = None,
 ) -> list[LLMChunk]:
     """The LLM chunks of this pipeline stage, initialised.
 
@@ -116,6 +117,7 @@ def build_chunks(
         dtype: Of the parameters.
         backend: Layer implementation; by default the one that suits the device.
         fused_wgrad: Weight gradients go to `main_grad`, which `ZeroEngine` provides.
+        fused_loss: In place of what the run says.
     """
     degrees, llm = groups.degrees, run.model.llm
     backend = backend or choose_backend(device)
@@ -143,6 +145,7 @@ def build_chunks(
             first=groups.is_first_stage and number == 0,
             last=groups.is_last_stage and number == degrees.virtual_pipeline - 1,
             chunk=number if degrees.virtual_pipeline > 1 else None,
+            fused_loss=run.train.fused_loss if fused_loss is None else fused_loss,
         ).to(device)
         chunk.initialize(run.train.seed)
         chunks.append(chunk)

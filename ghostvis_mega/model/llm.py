@@ -22,6 +22,7 @@ from ghostvis_mega.config.schema import LLMConfig
 from ghostvis_mega.model.dropout import ATTENTION, EMBEDDING, drop
 from ghostvis_mega.model.init import initialize
 from ghostvis_mega.model.inputs import ModelInput
+from ghostvis_mega.model.loss import CHUNK_BYTES, LossTargets, head_loss
 from ghostvis_mega.model.megatron import Backend, block_spec
 from ghostvis_mega.model.shards import canonical_name
 
@@ -30,11 +31,16 @@ class Vocabulary(VocabParallelEmbedding):
     """The embedding matrix, which is also the head's where weights are tied; each rank holds some
     rows.
 
-    Both uses go through `forward`, so that ZeRO-3's hooks gather the weight for either.
+    All uses go through `forward`, so that ZeRO-3's hooks gather the weight for each.
     """
 
-    def forward(self, x: torch.Tensor, *, as_head: bool = False) -> torch.Tensor:
-        """Embed token ids [B, S] -> [B, S, H], or as the head score rows [R, H] -> [R, V]."""
+    def forward(
+        self, x: torch.Tensor, *, as_head: bool = False, targets: LossTargets | None = None
+    ) -> torch.Tensor:
+        """Embed token ids [B, S] -> [B, S, H], or as the head score rows [R, H] -> [R, V], or give
+        their loss without the scores [R, H] -> []."""
+        if targets is not None:
+            return head_loss(x, self.weight, targets, group=self.tp_group)
         return F.linear(x, self.weight) if as_head else super().forward(x)
 
 
@@ -49,6 +55,7 @@ class LLMChunk(MegatronModule):
         first: Whether this chunk embeds tokens.
         last: Whether this chunk computes the loss.
         chunk: Its number on this stage (interleaved schedule), else None.
+        fused_loss: Whether `loss_sum` goes without the scores of all its rows at once.
     """
 
     def __init__(
@@ -61,9 +68,11 @@ class LLMChunk(MegatronModule):
         first: bool = True,
         last: bool = True,
         chunk: int | None = None,
+        fused_loss: bool = False,
     ):
         super().__init__(config=config)
-        self.llm, self.backend = llm, backend
+        self.llm, self.backend, self.fused_loss = llm, backend, fused_loss
+        self.loss_chunk_bytes = CHUNK_BYTES
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = first, last, chunk
         self.tp_group = groups.tp
@@ -207,30 +216,39 @@ class LLMChunk(MegatronModule):
 
         Those of padding are -inf: it takes no probability and gets no gradient.
         """
-        if self.config.sequence_parallel:
-            # The backward of this gather sums over the tensor ranks, each of which has part of the
-            # vocabulary.
-            hidden_SBH = mappings.gather_from_sequence_parallel_region(
-                hidden_SBH, group=self.tp_group
-            )
-            picked_RH = hidden_SBH.flatten(0, 1)[rows]
-        else:
-            picked_RH = hidden_SBH.flatten(0, 1)[rows]
-            picked_RH = mappings.copy_to_tensor_model_parallel_region(
-                picked_RH, group=self.tp_group
-            )
-        scores_RV = self.output(picked_RH, as_head=True)
+        scores_RV = self.output(self._picked(hidden_SBH, rows), as_head=True)
         if self.llm.vocab_padding:
             first = self.tp_group.rank() * scores_RV.shape[1]
             rows_V = torch.arange(first, first + scores_RV.shape[1], device=scores_RV.device)
             scores_RV = scores_RV.masked_fill(rows_V >= self.llm.vocab_tokens, float("-inf"))
         return scores_RV
 
+    def _picked(self, hidden_SBH: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states at flat S*B positions, on all tensor ranks alike: [R, H].
+
+        Each has part of the vocabulary; the backward sums over them.
+        """
+        if self.config.sequence_parallel:
+            hidden_SBH = mappings.gather_from_sequence_parallel_region(
+                hidden_SBH, group=self.tp_group
+            )
+            return hidden_SBH.flatten(0, 1)[rows]
+        picked_RH = hidden_SBH.flatten(0, 1)[rows]
+        return mappings.copy_to_tensor_model_parallel_region(picked_RH, group=self.tp_group)
+
     def loss_sum(self, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
         """Weighted sum of the cross-entropy over the trained positions, fp32 scalar.
 
         Only trained positions go through the head: prompts and images cost no logits.
         """
+        if self.fused_loss:
+            targets = LossTargets(
+                inputs.labels_R,
+                inputs.weights_R,
+                tokens=self.llm.vocab_tokens,
+                chunk_bytes=self.loss_chunk_bytes,
+            )
+            return self.output(self._picked(hidden_SBH, inputs.trained_rows), targets=targets)
         logits_RV = self.logits(hidden_SBH, inputs.trained_rows).float()
         loss_R = vocab_parallel_cross_entropy(logits_RV, inputs.labels_R, tp_group=self.tp_group)
         return (loss_R * inputs.weights_R).sum()

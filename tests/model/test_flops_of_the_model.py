@@ -59,10 +59,15 @@ def freeze(chunk: LLMChunk, encoder: VisionEncoder, trained: set[Module]) -> Non
 
 
 def count(
-    model: ModelConfig, groups: Groups, *, trained: set[Module], recompute: str = "none"
+    model: ModelConfig,
+    groups: Groups,
+    *,
+    trained: set[Module],
+    recompute: str = "none",
+    fused_loss: bool = False,
 ) -> BatchFlops:
     """One step through encoder, LLM and loss; the picture embeddings are leaves, as in training."""
-    chunk = make_llm(model.llm, groups, recompute=recompute)
+    chunk = make_llm(model.llm, groups, recompute=recompute, fused_loss=fused_loss)
     encoder = VisionEncoder(model)
     freeze(chunk, encoder, trained)
     side = model.vision.image_size
@@ -116,6 +121,18 @@ def test_a_step_costs_what_torch_counts(groups: Groups, trained: set[Module]) ->
     counted = count(model, groups, trained=trained)
     assert counted == predict(model, trained=trained)
     assert counted.llm.backward > 0 and (counted.vision.backward > 0) == (trained != {"llm"})
+
+
+@pytest.mark.parametrize("trained", TRAINED[1:4], ids=lambda names: "+".join(sorted(names)))
+def test_a_fused_loss_costs_as_much_and_earlier(groups: Groups, trained: set[Module]) -> None:
+    model = model_of()
+    counted = count(model, groups, trained=trained, fused_loss=True)
+    predicted = predict(model, trained=trained)
+    assert counted.llm.total == predicted.llm.total
+    # The head's gradients are products of the forward.
+    one = 2 * 5 * ROWS * model.llm.hidden_size * model.llm.vocab_size
+    early = counted.llm.forward - predicted.llm.forward
+    assert early == one * (1 + ("llm" in trained))
 
 
 @pytest.mark.parametrize(
