@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ghostvis_mega.checkpoint.manifest import MANIFEST_FILE
-from ghostvis_mega.convert.direct_file import Buffer
+from ghostvis_mega.convert.block_reader import Buffer
 from ghostvis_mega.convert.hf_config import parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.mapping import entries

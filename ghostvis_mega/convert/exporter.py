@@ -15,8 +15,8 @@ from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.manifest import Manifest
 from ghostvis_mega.convert.assets import Assets, Found, find_assets, write_assets
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.card import card
-from ghostvis_mega.convert.direct_file import Piece
 from ghostvis_mega.convert.hf_config import Format, choose_format, config_of_parts
 from ghostvis_mega.convert.hf_folder import CONFIG
 from ghostvis_mega.convert.importer import DTYPE_NAMES
@@ -169,22 +169,24 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
             be written in this format. Nothing is left at `out`.
     """
     with ExitStack() as stack:
-        weights = stack.enter_context(NativeWeights(checkpoint))
+        weights = stack.enter_context(NativeWeights(checkpoint, once=True))
         plan = plan_export(weights.parts, weights.tensors, options)
         # Against the whole vocabulary: rows of padding are not written, but are there.
         whole = entries(weights.parts, LAYOUTS[plan.form])
         weights.check(whole, modules=_MODULES[plan.form])
-        # Files are compared with their digests while they are read for the export, by half of the
-        # cores: a digest is a chain, and so is that of the new file.
+        # A SHA-256 is taken while files are read for the export, by half of the cores: it is a
+        # chain, and so is that of the new file. A CRC-32 is of the very bytes that are exported.
         cores = len(os.sched_getaffinity(0))
         pool = stack.enter_context(ThreadPoolExecutor(min(WRITERS, max(1, cores // 2))))
         files = weights.reader.files("weights") if options.check else []
-        damage = [pool.submit(weights.damage, file) for file in files]
+        beside = [pool.submit(weights.damage, file) for file in files if not weights.has_crc(file)]
         with new_directory(out, force=options.force) as folder:
             shards = plan.shards(options.shard_bytes)
             pieces = tensor_pieces(plan, weights.pieces)
             written = write_parallel(folder, shards, lambda: pieces)
-            if found := [told for future in damage if (told := future.result())]:
+            told = [future.result() for future in beside]
+            told += [weights.damage(file) for file in files if weights.has_crc(file)]
+            if found := [sentence for sentence in told if sentence]:
                 raise CheckpointError("; ".join(found))
             finish_export(folder, plan, shards, written, _about(weights.manifest))
     log.info("exported %d tensors as %s into %s", len(plan.infos), plan.form, out)

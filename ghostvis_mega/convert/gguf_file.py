@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.gguf_check import check_header
 from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, TensorInfo
@@ -122,6 +122,11 @@ class GGUFFile(Source):
             return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
         # Left to the check of names, which tells what has no place.
         return name
+
+    @property
+    def settings_file(self) -> str:
+        """The file itself."""
+        return self.path.name
 
     @property
     def config(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import BlockReader, Piece
 from ghostvis_mega.convert.source import Source
 from ghostvis_mega.convert.tensor_file import TensorFile, TensorInfo
 from ghostvis_mega.utils.errors import CheckpointError
@@ -36,14 +36,19 @@ def read_json(path: Path) -> dict[str, Any]:
 class HFFolder(Source):
     """The tensors of a directory; use it in a `with` statement.
 
+    Args:
+        path: Of the directory.
+        once: All of it is read, and by nobody else: nothing goes through the page cache.
+
     Raises:
         CheckpointError: A file is missing or broken, or a tensor is in two of them; names it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, once: bool = False):
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; download the model first")
+        self._reader = BlockReader() if once else None
         self._files: dict[str, TensorFile] = {}
         self._file_of: dict[str, str] = {}
         try:
@@ -57,6 +62,11 @@ class HFFolder(Source):
         self.tensors: dict[str, TensorInfo] = {
             name: self._files[file].tensors[name] for name, file in self._file_of.items()
         }
+
+    @property
+    def settings_file(self) -> str:
+        """Beside the weights."""
+        return CONFIG
 
     @property
     def config(self) -> dict[str, Any]:
@@ -83,7 +93,7 @@ class HFFolder(Source):
         return found
 
     def _add(self, name: str) -> None:
-        file = self._files[name] = TensorFile(self.path / name)
+        file = self._files[name] = TensorFile(self.path / name, reader=self._reader)
         for tensor in file.tensors:
             if tensor in self._file_of:
                 raise CheckpointError(
@@ -101,6 +111,8 @@ class HFFolder(Source):
 
     def close(self) -> None:
         """Let go of the files."""
+        if self._reader is not None:
+            self._reader.close()
         while self._files:
             self._files.popitem()[1].close()
 

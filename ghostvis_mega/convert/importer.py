@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ghostvis_mega.checkpoint.manifest import write_manifest
 from ghostvis_mega.config.schema import VisionConfig
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.gguf_file import SUFFIX, GGUFFile
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import HFFolder
@@ -122,7 +122,7 @@ def open_source(path: Path) -> Source:
     Raises:
         CheckpointError: It is neither, or not sound.
     """
-    return GGUFFile(path) if path.suffix == SUFFIX and path.is_file() else HFFolder(path)
+    return GGUFFile(path) if path.suffix == SUFFIX and path.is_file() else HFFolder(path, once=True)
 
 
 def tokenizer_json(paths: Sequence[Path]) -> bytes:
@@ -223,8 +223,8 @@ def _plan(folder: Source, own: Parts, parts: Parts, options: ImportOptions) -> I
         for tensor, info in zip(entry.hf, infos, strict=True):
             if info.shape != tensor.shape:
                 raise CheckpointError(
-                    f"{folder.path}: {tensor.name} has shape {list(info.shape)}, config.json asks "
-                    f"for {list(tensor.shape)}"
+                    f"{folder.path}: {tensor.name} has shape {list(info.shape)}, "
+                    f"{folder.settings_file} asks for {list(tensor.shape)}"
                 )
             if info.dtype not in ("F32", "BF16", "F16"):
                 raise CheckpointError(

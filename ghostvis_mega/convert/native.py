@@ -13,7 +13,7 @@ from pydantic import JsonValue, ValidationError
 from ghostvis_mega.checkpoint.manifest import size_problem
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, VisionConfig
-from ghostvis_mega.convert.direct_file import Buffer, Piece, crc32_file, loaded
+from ghostvis_mega.convert.block_reader import BlockReader, Buffer, Piece, loaded
 from ghostvis_mega.convert.mapping import Entry, Parts
 from ghostvis_mega.convert.tensor_file import (
     CHUNK_BYTES,
@@ -31,12 +31,18 @@ from ghostvis_mega.utils.errors import CheckpointError
 class NativeWeights(Closing):
     """The weights of an open checkpoint; use it in a `with` statement.
 
+    Args:
+        path: Of the checkpoint.
+        once: All of it is read, and by nobody else: files that have a CRC-32 do not go through the
+            page cache, and `damage` knows what was read already.
+
     Raises:
         CheckpointError: It is no sound checkpoint.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, once: bool = False):
         self.path = path
+        self._block_reader = BlockReader(crc=True) if once else None
         self.reader = CheckpointReader(path)
         self.manifest = self.reader.manifest
         self.parts = parts_of_layout(self.manifest.layout, path)
@@ -52,6 +58,8 @@ class NativeWeights(Closing):
     def close(self) -> None:
         """Close the checkpoint's files."""
         self.reader.close()
+        if self._block_reader is not None:
+            self._block_reader.close()
         while self._files:
             self._files.popitem()[1].close()
 
@@ -121,20 +129,29 @@ class NativeWeights(Closing):
     def _file(self, name: str) -> TensorFile:
         with self._lock:
             if name not in self._files:
-                self._files[name] = TensorFile(self.path / name)
+                # For a SHA-256 the file is read a second time, front to back.
+                plain = self.manifest.files[name].crc32 is None
+                reader = None if plain else self._block_reader
+                self._files[name] = TensorFile(self.path / name, reader=reader)
             return self._files[name]
 
     def damage(self, file: str) -> str | None:
-        """A sentence if a file is not what the manifest says; reads it whole.
+        """A sentence if a file is not what the manifest says, all of it.
 
         A CRC-32, where there is one, shows accidents; `convert verify` compares SHA-256.
         """
-        info, path = self.manifest.files[file], self.path / file
-        if info.crc32 is None or size_problem(self.path, file, info):
+        info = self.manifest.files[file]
+        if not self.has_crc(file):
             return next(iter(self.reader.damage([file])), None)
-        if (found := crc32_file(path)) != info.crc32:
-            return f"{path} is damaged: its crc32 is {found:08x}, not {info.crc32:08x}"
+        if problem := size_problem(self.path, file, info):
+            return problem
+        if (found := self._file(file).crc32()) != info.crc32:
+            return f"{self.path / file} is damaged: its crc32 is {found:08x}, not {info.crc32:08x}"
         return None
+
+    def has_crc(self, file: str) -> bool:
+        """Whether `damage` takes the CRC-32 of what was read, and not a SHA-256 of all."""
+        return self._block_reader is not None and self.manifest.files[file].crc32 is not None
 
     def check(self, entries: list[Entry], *, modules: set[str]) -> None:
         """Raise unless the mapping and the checkpoint speak of the same parameters of `modules`.

@@ -21,7 +21,7 @@ from ghostvis_mega.checkpoint.layout import layout_of
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.convert.assets import Assets, find_assets
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.exporter import (
     ExportOptions,
     ExportPlan,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.hf_folder import INDEX, SINGLE, read_json
 from ghostvis_mega.convert.tensor_file import (
     TensorFileWriter,

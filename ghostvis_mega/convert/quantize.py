@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.hf_config import parts_from_config
 from ghostvis_mega.convert.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from ghostvis_mega.convert.mapping import Parts, entries
@@ -67,11 +67,16 @@ def check_plain(folder: Source) -> None:
     Raises:
         CheckpointError: Says to take the model that they are made of.
     """
-    if "quantization_config" in folder.config:
-        raise CheckpointError(
-            f"{folder.path} is quantised already (quantization_config in its config.json): take "
-            "the model that it is made of; vLLM and transformers serve the quantised one"
-        )
+    config = folder.config
+    # Of a model of several parts, one part may be.
+    parts = {key: value for key, value in config.items() if isinstance(value, dict)}
+    for where, settings in {"": config, **parts}.items():
+        if settings.get("quantization_config") is not None:
+            name = f"{where}.quantization_config" if where else "quantization_config"
+            raise CheckpointError(
+                f"{folder.path} is quantised already ({name} in its {folder.settings_file}): take "
+                "the model that it is made of; vLLM and transformers serve the quantised one"
+            )
 
 
 def quantize_hf(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ghostvis_mega.convert.direct_file import Buffer, Piece, loaded
+from ghostvis_mega.convert.block_reader import Buffer, Piece, loaded
 from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.table import IGNORED, LAYOUTS, Layout
 from ghostvis_mega.convert.tensor_file import CHUNK_BYTES, DTYPES, TensorInfo, joined
@@ -23,6 +23,11 @@ class Source(Closing, ABC):
     tensors: dict[str, TensorInfo]
     others: set[str]
     """Tensors of types that no weight has, such as buffers of integers."""
+
+    @property
+    @abstractmethod
+    def settings_file(self) -> str:
+        """Name of the file that says what the model is."""
 
     @property
     @abstractmethod
@@ -68,7 +73,9 @@ class Source(Closing, ABC):
                 hint = " (tie_word_embeddings is false)" if name == layout.head else ""
                 if name in self.others:
                     hint = " as a floating-point tensor"
-                raise CheckpointError(f"{self.path} lacks {name}, which config.json asks for{hint}")
+                raise CheckpointError(
+                    f"{self.path} lacks {name}, which {self.settings_file} asks for{hint}"
+                )
         ignored = tuple(
             part.format(
                 llm="\0" if layout.llm is None else layout.llm,
@@ -83,7 +90,7 @@ class Source(Closing, ABC):
                 self._check_tied(name, layout)
                 continue
             raise CheckpointError(f"{self.path} holds {name}, which has no place in the model that "
-                                  "config.json describes")  # fmt: skip
+                                  f"{self.settings_file} describes")  # fmt: skip
 
     def _check_tied(self, head: str, layout: Layout) -> None:
         """A head that is written although it is the embedding must be the embedding."""
@@ -94,5 +101,5 @@ class Source(Closing, ABC):
         if one != other or any(bytes(a) != bytes(b) for a, b in pairs):
             raise CheckpointError(
                 f"{self.path}: {head} differs from {embedding}, but tie_word_embeddings is true. "
-                "Set it to false in config.json."
+                f"Set it to false in {self.settings_file}."
             )

@@ -14,7 +14,15 @@ from typing import Any, Self
 
 import torch
 
-from ghostvis_mega.convert.direct_file import DirectFile, Piece, Span, loaded
+from ghostvis_mega.convert.block_reader import (
+    BlockReader,
+    OpenFile,
+    Piece,
+    Span,
+    loaded,
+    set_direct,
+)
+from ghostvis_mega.convert.direct_file import DirectFile
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.files import open_regular
 
@@ -63,11 +71,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class TensorFile:
     """An open safetensors file.
 
+    Args:
+        path: Of the file.
+        reader: Through which its tensors are read; None: plain reads.
+
     Raises:
         CheckpointError: It is missing, cut short, or breaks the format; names the tensor.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, reader: BlockReader | None = None):
         self.path = path
         self.others: set[str] = set()
         """Tensors of types that no weight has, such as buffers of integers."""
@@ -80,6 +92,10 @@ class TensorFile:
         except (OSError, ValueError, RecursionError) as error:
             self.close()
             raise CheckpointError(f"{path} is no sound safetensors file: {error}") from error
+        if reader is not None:
+            set_direct(self._descriptor, True)
+        size = os.fstat(self._descriptor).st_size
+        self._file = OpenFile(self._descriptor, path, size, reader)
 
     def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         total = os.fstat(self._descriptor).st_size
@@ -116,7 +132,11 @@ class TensorFile:
 
     def span(self, name: str, start: int, stop: int) -> Span:
         """Bytes `start` to `stop` of a tensor."""
-        return Span(self._descriptor, self.path, self._begin[name] + start, stop - start)
+        return Span(self._file, self._begin[name] + start, stop - start)
+
+    def crc32(self) -> int:
+        """CRC-32 of the file, of which blocks that were read already are not read again."""
+        return self._file.crc32()
 
     def chunks(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
         """The same, piece by piece; a piece is valid until the next."""
@@ -218,8 +238,26 @@ def shards_of(
 ) -> list[list[tuple[str, TensorInfo]]]:
     """Consecutive tensors of at most `largest` bytes together (more, where one alone is larger).
 
-    A tensor that would not be aligned to its elements begins a new shard, which keeps the order.
+    Shards are as few as possible and then as equal as possible: each is written by a thread, and
+    the largest is what the others wait for. A tensor that would not be aligned to its elements
+    begins a new shard, which keeps the order.
     """
+    shards = _filled(tensors, largest=largest)
+    low, high = 0, largest
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = _filled(tensors, largest=middle)
+        if len(tried) > len(shards):
+            low = middle
+        else:
+            high, shards = middle, tried
+    return shards
+
+
+def _filled(
+    tensors: Mapping[str, TensorInfo], *, largest: int
+) -> list[list[tuple[str, TensorInfo]]]:
+    """Each shard as full as it gets."""
     shards: list[list[tuple[str, TensorInfo]]] = []
     size = 0
     for name, info in tensors.items():

@@ -12,7 +12,7 @@ import torch
 
 from ghostvis_mega.checkpoint.manifest import MANIFEST_FILE
 from ghostvis_mega.config.schema import ModelConfig
-from ghostvis_mega.convert.direct_file import Piece
+from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.convert.hf_folder import CONFIG, HFFolder
 from ghostvis_mega.convert.mapping import Parts

@@ -129,8 +129,8 @@ def test_joining_parts_of_ranks_in_the_wrong_way_is_noticed(results, tmp_path: P
     described = NativeWeights.__init__
 
     def change(field: str, value: int, suffix: str):
-        def init(self, path):
-            described(self, path)
+        def init(self, path, **options):
+            described(self, path, **options)
             for name, info in self.manifest.parameters.items():
                 if name.endswith(suffix):
                     self.manifest.parameters[name] = info.model_copy(update={field: value})
