@@ -21,6 +21,8 @@ _NOT_SHAPES = ("preset", "init_std")
 _ABSENT = "absent"
 _BOUNDS = ("model.llm.max_positions", "model.vision.image_size")
 """Fields of a module that its weights do not depend on, or that their shapes show."""
+_DEFAULTS: dict[str, JsonValue] = {"model.llm.vocab_padding": 0}
+"""Fields that checkpoints of earlier versions lack, and what they mean by that."""
 PLACES = (
     "parallel.tensor",
     "parallel.pipeline",
@@ -92,7 +94,7 @@ def layout_problem(
     if not different:
         return None
     field = different[0]
-    there, mine = saved.get(field, _ABSENT), here.get(field, _ABSENT)
+    there, mine = _value(saved, field), _value(here, field)
     others = f" (also different: {', '.join(different[1:])})" if different[1:] else ""
     return (
         f"{path} does not fit this run: {field} is {_text(there)} in the checkpoint and "
@@ -109,7 +111,7 @@ def same_places(saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]) -
 def layout_change(saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]) -> str:
     """What differs in the cut, as `world_size 2 -> 4, parallel.tensor 1 -> 2`; empty if nothing."""
     return ", ".join(
-        f"{field} {_text(saved.get(field, _ABSENT))} -> {_text(here.get(field, _ABSENT))}"
+        f"{field} {_text(_value(saved, field))} -> {_text(_value(here, field))}"
         for field in _different(saved, here)
         if field in _ELASTIC
     )
@@ -129,7 +131,7 @@ def model_differences(
     for field in _different(saved, here):
         if not any(_belongs(field, module) for module in modules):
             continue
-        there, mine = saved.get(field, _ABSENT), here.get(field, _ABSENT)
+        there, mine = _value(saved, field), _value(here, field)
         fix = f"Set {field}={_text(there)}"
         if there == _ABSENT:
             fix = "Take a checkpoint that names it"
@@ -155,8 +157,12 @@ def _different(saved: Mapping[str, JsonValue], here: Mapping[str, JsonValue]) ->
     return [
         field
         for field in dict.fromkeys([*here, *saved])
-        if here.get(field, _ABSENT) != saved.get(field, _ABSENT)
+        if _value(here, field) != _value(saved, field)
     ]
+
+
+def _value(fields: Mapping[str, JsonValue], field: str) -> JsonValue:
+    return fields.get(field, _DEFAULTS.get(field, _ABSENT))
 
 
 def _text(value: JsonValue) -> str:

@@ -41,6 +41,16 @@ def test_learning_rate_and_length_of_the_run_may_change(tmp_path: Path):
     assert layout_problem(PATH, saved=fields(tmp_path), here=here) is None
 
 
+def test_a_checkpoint_from_before_there_was_padding_has_none(tmp_path: Path):
+    saved, here = fields(tmp_path), fields(tmp_path)
+    assert saved.pop("model.llm.vocab_padding") == 0
+    assert layout_problem(PATH, saved=saved, here=here) is None
+    here["model.llm.vocab_padding"] = 8
+    problem_text = layout_problem(PATH, saved=saved, here=here)
+    assert problem_text is not None
+    assert "model.llm.vocab_padding is 0 in the checkpoint and 8 here" in problem_text
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

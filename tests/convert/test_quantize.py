@@ -1,6 +1,7 @@
 """INT8 and FP8 directories load in transformers and compute what the rounded numbers say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 from ghostvis_mega.cli.main import app
 from ghostvis_mega.convert.compare import damage
 from ghostvis_mega.convert.divergence import load_model
+from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
-from ghostvis_mega.convert.quantize import quantize_hf
+from ghostvis_mega.convert.quantize import check_plain, quantize_hf
 from ghostvis_mega.convert.schemes import (
     DEFAULT_SKIP,
     SCHEMES,
@@ -199,6 +201,21 @@ def test_a_quantised_copy_is_refused_where_floating_point_is_read(sources, tmp_p
     with pytest.raises(CheckpointError, match=told):
         import_hf([out], tmp_path / "native", ImportOptions())
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_quantised_language_model_inside_is_refused_as_well(sources, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(sources["llava-siglip"], source)
+    settings = json.loads((source / "config.json").read_text())
+    for value, refused in ((None, False), ({"quant_method": "fp8"}, True)):
+        settings["text_config"]["quantization_config"] = value
+        (source / "config.json").write_text(json.dumps(settings))
+        with HFFolder(source) as folder:
+            if refused:
+                with pytest.raises(CheckpointError, match=r"\(text_config.quantization_config in"):
+                    check_plain(folder)
+            else:
+                check_plain(folder)
 
 
 def test_image_tokens_are_never_among_random_prompts(sources):
