@@ -10,6 +10,7 @@ from ghostvis_mega.cli.bench_determinism import BENCH_DETERMINISM_HELP, bench_de
 from ghostvis_mega.cli.bench_generate import BENCH_GENERATE_HELP, bench_generate
 from ghostvis_mega.cli.bench_loss import BENCH_LOSS_HELP, bench_loss
 from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
+from ghostvis_mega.cli.bench_train import BENCH_TRAIN_HELP, bench_train
 from ghostvis_mega.cli.certify import CERTIFY_HELP, certify
 from ghostvis_mega.cli.check import CHECK_HELP, check
 from ghostvis_mega.cli.ckpt import ckpt_app
@@ -45,6 +46,7 @@ bench_app.command("determinism", help=BENCH_DETERMINISM_HELP)(bench_determinism)
 bench_app.command("generate", help=BENCH_GENERATE_HELP)(bench_generate)
 bench_app.command("loss", help=BENCH_LOSS_HELP)(bench_loss)
 bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
+bench_app.command("train", help=BENCH_TRAIN_HELP)(bench_train)
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.add_typer(ckpt_app, name="ckpt")

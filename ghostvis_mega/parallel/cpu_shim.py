@@ -52,6 +52,11 @@ class _CudaOnCpu:
     def synchronize(*_: Any) -> None:
         """CPU work is done when the call returns."""
 
+    @staticmethod
+    def current_stream(*_: Any) -> torch.cpu.Stream:
+        """CPU work runs on no stream but this one."""
+        return torch.cpu.current_stream()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 

@@ -56,6 +56,7 @@ def write_synthetic(
     vocab_size: int = 32_000,
     seed: int = 0,
     tokenizer: bytes = b"synthetic",
+    train_all: bool = False,
 ) -> Manifest:
     """Write a dataset at `path`, which must not exist.
 
@@ -64,10 +65,13 @@ def write_synthetic(
         image_of: int64 [samples]: number of the sample's picture, or -1.
         pictures: JPEG bytes, width and height of each.
         tokenizer: content of the tokenizer file; no tokenizer can be loaded from it.
+        train_all: train every token but a sample's first, as in pretraining; else its last third.
     """
     for part in ("media", "samples"):
         (path / part).mkdir(parents=True)
-    records, tokens, refs, spans = _samples(text_lengths, image_of, vocab_size, seed)
+    records, tokens, refs, spans = _samples(
+        text_lengths, image_of, vocab_size, seed, train_all=train_all
+    )
     keys = np.zeros(len(records), dtype=KEY_HEADER)
     keys["answers_len"], keys["answers_off"] = 2, 0
     keys["crc32"] = zlib.crc32(b"[]")
@@ -113,7 +117,7 @@ def write_synthetic(
 
 
 def _samples(
-    text_lengths: np.ndarray, image_of: np.ndarray, vocab_size: int, seed: int
+    text_lengths: np.ndarray, image_of: np.ndarray, vocab_size: int, seed: int, *, train_all: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Records with right crcs, tokens, image references (at the start of a sample) and spans."""
     has_image = image_of >= 0
@@ -123,7 +127,8 @@ def _samples(
     records["n_images"], records["img_off"] = has_image, np.cumsum(has_image) - has_image
     records["n_spans"], records["span_off"] = 2, 2 * np.arange(len(lengths))
     records["key_off"] = KEY_HEADER.itemsize * np.arange(len(lengths))
-    asked = lengths * 2 // 3  # the rest is the answer, which is trained
+    # The rest is the answer, which is trained.
+    asked = np.ones_like(lengths) if train_all else lengths * 2 // 3
     records["trained_len"] = lengths - asked
     noise = hash_u64(np.arange(int(lengths.sum())), seed, _TOKENS_KEY)
     tokens = noise % np.uint64(vocab_size - len(SPECIALS)) + np.uint64(len(SPECIALS))

@@ -3,6 +3,7 @@ runs."""
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,8 @@ from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.images import load_pixels
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.engine.step import StepInput
-from ghostvis_mega.parallel.dispatch import dispatch_images
+from ghostvis_mega.model.flops import BatchFlops, batch_flops
+from ghostvis_mega.parallel.dispatch import ImageDispatch, dispatch_images
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
 from ghostvis_mega.utils.errors import DataError
@@ -113,6 +115,26 @@ class Feed:
             return self.corpus.piece_lengths(row.sample_ids, row.pieces, tokens_per_image=width)
         return self._sample_lengths[list(row.sample_ids)].tolist()
 
+    def flops(self, batch: GlobalBatch) -> BatchFlops:
+        """Operations that training on a batch takes, over all ranks; those run twice are not
+        counted."""
+        return batch_flops(
+            self.run.model,
+            segments=[length for row in batch.sequences for length in self.lengths(row)],
+            head_rows=batch.trained_tokens,
+            num_images=len(batch.image_ids),
+            trained=self.run.trained_modules,
+        )
+
+    def own_images(self, dispatch: ImageDispatch, wanted: list[list[int]]) -> Sequence[int]:
+        """The pictures that this rank decodes: those that it encodes, ascending.
+
+        Args:
+            dispatch: Which rank encodes what.
+            wanted: What each replica shows, slot by slot.
+        """
+        return dispatch.encode[self.groups.rank]
+
     def close(self) -> None:
         """Stop reading ahead."""
         if self._pool is not None:
@@ -127,7 +149,7 @@ class Feed:
         ]
         # All pictures are resized to the tower's size and cost the same: no `patches`.
         dispatch = dispatch_images(wanted, self.groups.places)
-        own = dispatch.encode[self.groups.rank]
+        own = self.own_images(dispatch, wanted)
         seeds = None
         if self.run.data.augment:
             seeds = [

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
-from ghostvis_mega.model.flops import batch_flops
 from ghostvis_mega.parallel.calls import CallWatch
 from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.volume import dispatch_figures
@@ -191,13 +190,7 @@ class Loop:
     ) -> StepMetrics:
         """The numbers of one step of the whole job."""
         run = self.engine.run
-        flops = batch_flops(
-            run.model,
-            segments=[n for row in batch.sequences for n in self.feed.lengths(row)],
-            head_rows=batch.trained_tokens,
-            num_images=work.dispatch.num_images,
-            trained=run.trained_modules,
-        )
+        flops = self.feed.flops(batch)
         return StepMetrics(
             step=step + 1,
             loss=result.loss,

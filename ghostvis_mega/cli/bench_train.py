@@ -1,0 +1,269 @@
+"""`ghostvis bench train`: training speed of our layouts beside peers, row by row."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ghostvis_mega.cli.output import (
+    AsJson,
+    print_rows,
+    refusing_settings,
+    scratch,
+)
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.perf.train_bench.launches import Order, run_row
+from ghostvis_mega.perf.train_bench.plans import Plan
+from ghostvis_mega.perf.train_bench.presets import PRESETS, preset_plan
+from ghostvis_mega.perf.train_bench.results import (
+    CONVENTION,
+    RowResult,
+    ratio_figures,
+    row_figures,
+    row_values,
+)
+from ghostvis_mega.perf.train_bench.rows import (
+    KINDS,
+    Row,
+    choose_rows,
+    parse_ratio,
+    parse_row,
+    peer_problems,
+)
+from ghostvis_mega.train.preflight import load_checked
+from ghostvis_mega.utils.environment import package_versions
+from ghostvis_mega.utils.errors import ConfigError
+from ghostvis_mega.utils.figures import any_missed, measured
+from ghostvis_mega.utils.hardware import has_cuda_device
+from ghostvis_mega.utils.logging import setup_logging
+
+log = logging.getLogger(__name__)
+
+BENCH_TRAIN_HELP = f"""Time training, ours and peers, each row in a launch of its own.
+
+\\b
+Examples:
+  python -m ghostvis_mega bench train --preset tiny --processes 2
+  python -m ghostvis_mega bench train --preset text-7b --processes 4 --json
+  python -m ghostvis_mega bench train RUN.yaml --ratio "kept / again >= 1" \\
+    --row "again: tower.backward=recompute" --row "kept: tower.backward=keep"
+  python -m ghostvis_mega bench train RUN.yaml --row "ours:" \\
+    --row "HF: peer=hf data.packing=false batch.micro_size=2" --trace runs/traces
+
+\\b
+A row is NAME: followed by settings of the run file, and by peer=KIND where it is not ours: KIND is
+{", ".join(KINDS[1:])}.
+Presets: {", ".join(PRESETS)}.
+Exit code: 0 measured, 1 a row failed, a loss did not fall or a bar is missed, 2 wrong settings.
+"""
+
+_TARGET = ("-m", "ghostvis_mega.cli.bench_train_rank")
+
+
+def bench_train(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of the run.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)
+    ] = None,
+    preset: Annotated[str, typer.Option(help="In place of a run file.")] = "",
+    row: Annotated[
+        list[str] | None, typer.Option(help='"NAME: settings"; repeatable.', show_default=False)
+    ] = None,
+    ratio: Annotated[
+        list[str] | None, typer.Option(help='"ROW / ROW >= 1.1"; repeatable.', show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Row to run; repeatable.", show_default=False)
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks of each row.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each row.")] = 8,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 3,
+    seq_length: Annotated[int, typer.Option(min=0, help="Of a preset; 0: its own.")] = 0,
+    row_timeout: Annotated[float, typer.Option(min=1, help="Seconds for each row.")] = 600.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Folder for traces of one more step.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder to keep a preset's data in.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check all rows, then run one after the other."""
+    setup_logging(rank=0)
+    # A run file is told from a setting by its place, also where a preset stands in for it.
+    if preset and config is not None:
+        overrides, config = [str(config), *(overrides or [])], None
+    with scratch("bench-train", None) as folder:
+        with refusing_settings():
+            plan = _plan(config, preset, row, ratio, processes, seq_length, data or folder / "data")
+            chosen = choose_rows(plan.rows, plan.ratios, only or ())
+            _prepare(plan, chosen)
+            file = plan.write(folder) if config is None else config
+            total = warm_up + steps + (trace is not None)
+            runs = _load(
+                file, overrides or (), chosen, folder=folder, processes=processes, steps=total
+            )
+        results = []
+        for number, (chosen_row, run) in enumerate(zip(chosen, runs, strict=True)):
+            log.info("row %d of %d: %s", number + 1, len(chosen), chosen_row.name)
+            order = Order(
+                row=chosen_row,
+                run=run,
+                warm_up=warm_up,
+                steps=steps,
+                folder=folder / f"row{number}",
+                trace=None if trace is None else trace.absolute(),
+            )
+            device = "cuda" if run.train.device != "cpu" and has_cuda_device() else "cpu"
+            result = run_row(
+                order, target=_TARGET, processes=processes, timeout_s=row_timeout, device=device
+            )
+            if result.failure:
+                log.error("%s: %s", chosen_row.name, result.failure)
+            results.append(result)
+    _conclude(plan, results, title=preset or str(config), as_json=as_json)
+
+
+def _plan(
+    config: Path | None,
+    preset: str,
+    row: list[str] | None,
+    ratio: list[str] | None,
+    processes: int,
+    seq_length: int,
+    data: Path,
+) -> Plan:
+    """What is asked for, from a preset or from the command line."""
+    if (config is None) == (not preset):
+        raise ConfigError(["give either a run file or --preset."])
+    if preset:
+        plan = preset_plan(preset, processes=processes, seq_length=seq_length, data=data)
+    elif seq_length:
+        raise ConfigError(["--seq-length is for presets. Use data.seq_length=... instead."])
+    else:
+        plan = Plan()
+    return plan.with_more([parse_row(t) for t in row or ()], [parse_ratio(t) for t in ratio or ()])
+
+
+def _prepare(plan: Plan, chosen: Sequence[Row]) -> None:
+    needs = plan.needs(chosen)
+    if needs:
+        from ghostvis_mega.perf.train_bench.data import prepare
+
+        prepare(needs)
+
+
+def _load(
+    file: Path,
+    overrides: Sequence[str],
+    rows: Sequence[Row],
+    *,
+    folder: Path,
+    processes: int,
+    steps: int,
+) -> list[RunConfig]:
+    """Settings of every row, all of them checked before the first one starts.
+
+    Raises:
+        ConfigError: With the problems of all rows.
+    """
+    runs, problems = [], []
+    for number, row in enumerate(rows):
+        # What a timing needs, whatever the file says: weights from nowhere, saved nowhere.
+        fixed = [
+            f"train.steps={steps}",
+            "optim.warmup_steps=0",
+            "guards.spike=none",
+            "data.heldout=null",
+            "log.evaluate=false",
+            "log.preview_steps=[]",
+            f"log.output={folder}/run{number}",
+            "checkpoint.resume=none",
+            "checkpoint.weights=null",
+            "checkpoint.weights_of=[]",
+            "checkpoint.save_every=0",
+            "checkpoint.save_at_end=false",
+        ]
+        try:
+            run = load_checked(file, [*overrides, *row.settings, *fixed], world_size=processes)
+        except ConfigError as error:
+            problems += [f"row {row.name!r}: {problem}" for problem in error.problems]
+            continue
+        problems += peer_problems(row, run)
+        runs.append(run)
+    if problems:
+        raise ConfigError(problems)
+    return runs
+
+
+def _conclude(plan: Plan, results: Sequence[RowResult], *, title: str, as_json: bool) -> None:
+    """Print all figures, and end with 1 where a row failed or a bar is missed."""
+    rows = [figure for result in results for figure in row_figures(result, plan.bars)]
+    rows += ratio_figures(results, plan.ratios)
+    ran = next((result for result in results if not result.failure), None)
+    if ran is not None:
+        rows.append(measured("device", f"{ran.processes} x {ran.device}"))
+    rows += [measured(f"version of {name}", text) for name, text in package_versions().items()]
+    if as_json:
+        print_rows(rows, title=title, as_json=True)
+    else:
+        _print_tables(plan, results, title=title)
+        compared = ratio_figures(results, plan.ratios)
+        promised = [row for row in rows if row["bar"] is not None and row not in compared]
+        if compared or promised:
+            print_rows([*compared, *promised], title="compared and promised", as_json=False)
+    if any_missed(rows):
+        raise typer.Exit(1)
+
+
+def _print_tables(plan: Plan, results: Sequence[RowResult], *, title: str) -> None:
+    """Figures down, rows of the benchmark across; then what is compared and promised."""
+    console = Console()
+    ran = [result for result in results if not result.failure]
+    values = {result.name: row_values(result) for result in ran}
+    missed = {
+        figure["name"]
+        for result in ran
+        for figure in row_figures(result, plan.bars)
+        if figure["ok"] is False
+    }
+    table = Table(title=f"{title}: medians over the timed steps; ! misses its bar")
+    for heading in ("figure", "unit", *values):
+        side = "left" if heading in ("figure", "unit") else "right"
+        table.add_column(heading, justify=side, overflow="fold")
+    units = {name: unit for found in values.values() for name, (_, unit) in found.items()}
+    for name, unit in units.items():
+        cells = []
+        for row, found in values.items():
+            value = found.get(name, (None, ""))[0]
+            mark = " !" if f"{row}: {name}" in missed else ""
+            cells.append("" if value is None else f"{value:.4g}{mark}")
+        table.add_row(name, unit, *cells)
+    if ran:
+        console.print(table)
+    for result in results:
+        told = "; ".join(f"{name}: {text}" for name, text in result.description.items())
+        console.print(f"{result.name}: {result.failure or told}", highlight=False, markup=False)
+    _print_traces(console, ran)
+    versions = ", ".join(f"{name} {text}" for name, text in package_versions().items())
+    if ran:
+        console.print(f"{ran[0].processes} x {ran[0].device}; {versions}", highlight=False)
+    console.print(CONVENTION, highlight=False)
+
+
+def _print_traces(console: Console, results: Sequence[RowResult]) -> None:
+    traced = [result for result in results if result.trace]
+    for result in traced:
+        table = Table(title=f"{result.name}: one step under the profiler")
+        table.add_column("what", overflow="fold")
+        table.add_column("value", justify="right")
+        table.add_column("unit")
+        for entry in result.trace:
+            table.add_row(entry["name"], f"{entry['value']:.3g}", entry["unit"])
+        console.print(table)
