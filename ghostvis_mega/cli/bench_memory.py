@@ -26,8 +26,7 @@ Examples (one GPU; four modes of a 2 B model take about three minutes):
     --mode "full: train.recompute=full" --mode "frozen LLM: train.freeze=[llm]"
 
 \b
-A mode is NAME: followed by settings; one with ZeRO stage 3 comes last, since DeepSpeed keeps some
-of its memory. Under torchrun the run's layout is used on all processes.
+A mode is NAME: followed by settings. Under torchrun the run's layout is used on all processes.
 Exit code: 0 measured, 1 a mode found the memory of another, 2 wrong settings or no GPU.
 """
 

@@ -113,13 +113,17 @@ class TrainEngine:
 
     def close(self) -> None:
         """Let go of all memory, so that another layout fits into the same process."""
-        for engine in self.engines:
-            engine.close()
+        self._close_engines()
         self.parts = Parts(chunks=[], encoder=None, llm_engine=None, vision_engine=None)
         self.vision = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _close_engines(self) -> None:
+        # Its own function, so that no loop variable holds an engine while memory is collected.
+        for engine in self.engines:
+            engine.close()
 
     def step(
         self, batch: StepInput, *, step: int, accept: Callable[[float], bool] | None = None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import deepspeed
 import torch
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload
 from torch import nn
 
 from ghostvis_mega.config.deepspeed import ResolvedDeepSpeed
@@ -254,6 +255,10 @@ class ZeroEngine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the parameters; the engine is of no use afterwards."""
         self.engine.destroy()
+        # DeepSpeed's list of modules inside their forward begins with the top module of every
+        # stage 3 engine and never lets go of it, nor of all that hangs on it.
+        stack = parameter_offload.FWD_MODULE_STACK
+        stack[:] = [module for module in stack if module is not self.holder]
 
     def weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """One parameter whole over data parallelism; with stage 3 collective in the engine's

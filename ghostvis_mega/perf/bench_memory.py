@@ -70,8 +70,7 @@ def measure_memory(
     Peaks are PyTorch's allocated bytes on the rank that holds most; what CUDA and NCCL take beside
     it (one to two GiB) is not in them. Sections of a step have peaks of their own, since the
     largest hides what a mode saves in the others. Time is that of the fastest step after the
-    first. On one GPU a mode that does not fit is a row like others. DeepSpeed's stage 3 keeps some
-    of its memory, so it comes last.
+    first. On one GPU a mode that does not fit is a row like others.
 
     Args:
         modes: What to run.

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,11 @@ def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dic
     for name, parameter in owned_parameters(engine):
         assert parameter.dtype == torch.bfloat16, name
         digest.update(name.encode() + parameter.detach().view(torch.int16).numpy().tobytes())
+    held = [weakref.ref(thing) for own in engine.engines for thing in (own.engine, own.holder)]
+    del parameter
     engine.close()
     return {
+        "held": sum(thing() is not None for thing in held),
         "losses": losses,
         "norms": norms,
         "reduction_error": max(errors),

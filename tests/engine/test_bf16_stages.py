@@ -36,6 +36,11 @@ def test_stages_1_and_2_take_the_same_step(measured: dict[str, Any], place: str)
 
 
 @pytest.mark.parametrize("name", STAGES)
+def test_a_closed_engine_is_let_go(measured: dict[str, Any], name: str) -> None:
+    assert measured[name]["held"] == 0
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_all_stages_learn_alike(measured: dict[str, Any], name: str) -> None:
     row = measured[name]
     assert row["losses"][0] == measured["stage 2"]["losses"][0]
