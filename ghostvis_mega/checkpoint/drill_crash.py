@@ -312,12 +312,12 @@ def _delete_then_publish(publish: Callable[..., Path]) -> Callable[..., Path]:
     return wrong
 
 
-def _only_digests(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+def _only_digests(snapshot: Snapshot, folder: Path) -> saving.Part:
     files = {
         name: snapshot.entries[name] | {"sha256": hashlib.sha256(content.numpy()).hexdigest()}
         for name, content in snapshot.files.items()
     }
-    return {**snapshot.about, "files": files}
+    return saving.Part({**snapshot.about, "files": files})
 
 
 def _manifest_then_files(finish: Callable[..., Path]) -> Callable[..., Path]:

@@ -5,13 +5,17 @@ first rank writes the manifest, renames the directory, points `latest` to it and
 old. Whatever stops this half-way leaves all older checkpoints as they were.
 """
 
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 
@@ -19,17 +23,41 @@ from ghostvis_mega.checkpoint.folder import CheckpointFolder
 from ghostvis_mega.checkpoint.lease import Lease
 from ghostvis_mega.checkpoint.manifest import (
     FileInfo,
-    digest_problem,
     size_problem,
     write_manifest,
 )
 from ghostvis_mega.checkpoint.snapshot import Snapshot
-from ghostvis_mega.checkpoint.tensors import write_buffer
+from ghostvis_mega.checkpoint.tensors import differs, write_buffer
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.utils.errors import CheckpointError, FolderTakenError
 from ghostvis_mega.utils.files import fsync_directory
 
 log = logging.getLogger(__name__)
+
+_DIGEST_THREADS = 2
+"""A rank has one or two large files."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has its name, and what it took, on the slowest rank where they differ."""
+
+    path: Path
+    seconds: float
+    """From the first file to the name."""
+    hashing_s: float
+    """Processor time of threads beside the one that writes, for SHA-256."""
+    waited_s: float
+    """Of `seconds`, the wait for these threads when all else was done."""
+
+
+class Part(NamedTuple):
+    """What one rank has written."""
+
+    manifest: dict[str, Any]
+    """What it adds to the manifest, by section."""
+    hashing_s: float = 0.0
+    waited_s: float = 0.0
 
 
 def write_checkpoint(
@@ -40,7 +68,7 @@ def write_checkpoint(
     keep: int,
     group: dist.ProcessGroup | None,
     lease: Lease | None = None,
-) -> Path:
+) -> Saved:
     """Write what all ranks have of one step; collective over `group`.
 
     Args:
@@ -75,11 +103,16 @@ def write_checkpoint(
         raise CheckpointError(
             f"the checkpoint after step {step} could not be saved: {error}"
         ) from error
+    seconds = time.perf_counter() - began
     if snapshot.rank == 0:
-        size = sum(entry["bytes"] for part in written for entry in part["files"].values())
-        seconds = time.perf_counter() - began
+        size = sum(e["bytes"] for part in written for e in part.manifest["files"].values())
         log.info("saved %s: %.1f MB in %.1f s", path, size / 1e6, seconds)
-    return path
+    return Saved(
+        path,
+        seconds,
+        hashing_s=max(part.hashing_s for part in written),
+        waited_s=max(part.waited_s for part in written),
+    )
 
 
 def _begin(folder: CheckpointFolder, step: int, *, num_bytes: int, lease: Lease | None) -> Path:
@@ -94,17 +127,34 @@ def _discard(folder: CheckpointFolder, step: int, *, lease: Lease | None) -> Non
     folder.discard(step)
 
 
-def _write_own(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
-    """This rank's files and what it adds to the manifest."""
-    entries = {}
-    for name, content in snapshot.files.items():
-        digest = write_buffer(folder / name, content)
-        entries[name] = snapshot.entries[name] | {"sha256": digest}
-    for name, entry in entries.items():
-        _forget_cached(folder / name)
-        if problem := digest_problem(folder, name, FileInfo.model_validate(entry)):
-            raise CheckpointError(f"{problem}: the disk does not give back what was written")
-    return {**snapshot.about, "files": entries}
+def _write_own(snapshot: Snapshot, folder: Path) -> Part:
+    """This rank's files and what it adds to the manifest.
+
+    Digests are taken of the host memory, by threads that need not keep pace with the disk: what
+    they have left to do when it is done is all that they cost.
+    """
+    with ThreadPoolExecutor(_DIGEST_THREADS, thread_name_prefix="digest") as pool:
+        digests = {name: pool.submit(_digest, content) for name, content in snapshot.files.items()}
+        for name, content in snapshot.files.items():
+            write_buffer(folder / name, content)
+        for name, content in snapshot.files.items():
+            _forget_cached(folder / name)
+            if differs(folder / name, content):
+                raise CheckpointError(
+                    f"{folder / name} is damaged: the disk does not give back what was written"
+                )
+        on_disk = time.perf_counter()
+        done = {name: digest.result() for name, digest in digests.items()}
+        waited_s = time.perf_counter() - on_disk
+    files = {name: snapshot.entries[name] | {"sha256": done[name][0]} for name in done}
+    hashing_s = sum(seconds for _, seconds in done.values())
+    return Part({**snapshot.about, "files": files}, hashing_s=hashing_s, waited_s=waited_s)
+
+
+def _digest(content_B: torch.Tensor) -> tuple[str, float]:
+    """Hex SHA-256, and the processor seconds that it took."""
+    began = time.thread_time()
+    return hashlib.sha256(content_B.numpy()).hexdigest(), time.thread_time() - began
 
 
 def _forget_cached(path: Path) -> None:
@@ -119,7 +169,7 @@ def _forget_cached(path: Path) -> None:
 def _finish(
     folder: CheckpointFolder,
     snapshot: Snapshot,
-    written: Sequence[dict[str, Any]],
+    written: Sequence[Part],
     *,
     extra: dict[str, JsonValue],
     keep: int,
@@ -137,7 +187,7 @@ def _finish(
         "extra": extra,
     }
     for part in written:
-        for section, entries in part.items():
+        for section, entries in part.manifest.items():
             for key, value in entries.items():
                 known = document[section].setdefault(key, value)
                 assert known == value, f"ranks disagree about {section}.{key}"

@@ -28,7 +28,7 @@ from ghostvis_mega.checkpoint.restore import (
     resume_problems,
     weight_problems,
 )
-from ghostvis_mega.checkpoint.saving import write_checkpoint
+from ghostvis_mega.checkpoint.saving import Saved, write_checkpoint
 from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot, make_buffers, take_snapshot
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.engine.step import TrainEngine
@@ -75,10 +75,12 @@ class CheckpointStore:
         """How long the last `begin` kept training, the wait for an earlier save left aside."""
         self.state_bytes = 0
         """What this rank writes of the last save that was begun."""
+        self.saved: Saved | None = None
+        """The last save that succeeded."""
         self._buffers: HostBuffers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
-        self._pending: Future[Path] | None = None
+        self._pending: Future[Saved] | None = None
         self._failed = 0
         self._resumed: Path | None = None
         self._first_serial = 0
@@ -96,7 +98,8 @@ class CheckpointStore:
             CheckpointError: A rank could not write; older checkpoints are as they were.
         """
         self.wait()
-        return self._write(self._snapshot(engine, step=step), extra=extra, group=None)
+        self.saved = self._write(self._snapshot(engine, step=step), extra=extra, group=None)
+        return self.saved.path
 
     def _write(
         self,
@@ -104,7 +107,7 @@ class CheckpointStore:
         *,
         extra: dict[str, JsonValue],
         group: dist.ProcessGroup | None,
-    ) -> Path:
+    ) -> Saved:
         return write_checkpoint(
             self.folder, snapshot, extra=extra, keep=self.keep, group=group, lease=self.lease
         )
@@ -153,7 +156,7 @@ class CheckpointStore:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            self.saved = pending.result()
             self._failed = 0
 
     def _collect(self) -> None:

@@ -1,4 +1,4 @@
-"""Writes safetensors files front to back with their SHA-256, without a second pass over the disk.
+"""Writes safetensors files front to back, without a second pass over the disk for their SHA-256.
 
 The file format is that of the `safetensors` library, which reads these files; its own writer wants
 all tensors in host memory at once. `write_tensors` holds one at a time; a `FileImage` is a whole
@@ -7,13 +7,15 @@ file in host memory, copied there quickly and written later.
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ghostvis_mega.utils.files import HashingFile
@@ -25,6 +27,7 @@ _DTYPES = {
     torch.uint8: "U8",
 }
 _PIECE_BYTES = 32 << 20
+_BUFFER_BYTES = 1 << 20
 
 
 class FileImage:
@@ -52,22 +55,45 @@ class FileImage:
             at += num_bytes
 
 
-def write_buffer(path: Path, buffer_B: torch.Tensor) -> str:
-    """Write host memory to a new file and wait until it is on the disk; a second thread hashes.
-
-    Returns:
-        Hex SHA-256.
-    """
+def write_buffer(path: Path, buffer_B: torch.Tensor) -> None:
+    """Write host memory to a new file and wait until it is on the disk."""
     view = memoryview(buffer_B.numpy())
-    file = HashingFile(path)
-    with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
-        try:
-            for at in range(0, len(view), _PIECE_BYTES):
-                file.write_beside(view[at : at + _PIECE_BYTES], pool)
-            file.close()
-        finally:
-            file.discard()
-    return file.sha256
+    with open(path, "xb", buffering=_BUFFER_BYTES) as file:
+        for at in range(0, len(view), _PIECE_BYTES):
+            file.write(view[at : at + _PIECE_BYTES])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def differs(path: Path, buffer_B: torch.Tensor) -> bool:
+    """Whether a file holds other bytes than host memory; reads all of it. Some times as fast as a
+    digest, and as strict while the memory is there."""
+    wanted = buffer_B.numpy()
+    piece = np.empty(_PIECE_BYTES, dtype=np.uint8)
+    with open(path, "rb", buffering=0) as file:
+        for at in range(0, len(wanted), _PIECE_BYTES):
+            expected = wanted[at : at + _PIECE_BYTES]
+            got = piece[: len(expected)]
+            if not _fill(file, memoryview(got)) or not _same_bytes(got, expected):
+                return True
+        return bool(file.read(1))
+
+
+def _fill(file: FileIO, view: memoryview) -> bool:
+    """Read until `view` is full; False where the file ends before."""
+    at = 0
+    while at < len(view):
+        if not (count := file.readinto(view[at:])):
+            return False
+        at += count
+    return True
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    """Eight bytes at a time, which takes a quarter of the time."""
+    whole = len(one) // 8 * 8
+    words = [array[:whole].view(np.uint64) for array in (one, other)]
+    return np.array_equal(*words) and np.array_equal(one[whole:], other[whole:])
 
 
 @dataclass(frozen=True)

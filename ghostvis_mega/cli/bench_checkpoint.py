@@ -25,12 +25,15 @@ Examples (a tiny model on a CPU; a 2 B model on one GPU, which takes 56 GB for t
 \b
 The stall is the copy to host memory, for which training stops; the longest of all saves counts. Its
 bar holds from 1 GB on. Steps beside the writing are compared with others, and their delay counts as
-well. Under torchrun the run's layout is used on all processes. Files are deleted at the end.
+well. One thread writes, another hashes; what the first waits for the second has a bar as well.
+Under torchrun the run's layout is used on all processes. Files are deleted at the end.
 Exit code: 0 within the bars, 1 not, 2 wrong settings.
 """
 
 _STALL_BAR = 0.5
 """Seconds for 10 GB of one rank's state."""
+_DIGEST_BAR = 0.05
+"""Of a save's time."""
 _INTERVAL_S = 600.0
 _GB = 1e9
 
@@ -89,6 +92,7 @@ def _measure(run: Any, world: Any, folder: Path, *, saves: int, steps: int) -> l
     step()
     plain = [step() for _ in range(steps)]
     usual, stalls, writes, delays = median(plain), [], [], []
+    saved: list[Any] = []
     for _ in range(saves):
         world.watchdog.alive("a save")
         store.begin(engine, step=done, extra={"data": feed.state()})
@@ -98,12 +102,14 @@ def _measure(run: Any, world: Any, folder: Path, *, saves: int, steps: int) -> l
             beside.append(step())
         store.wait()
         writes.append(time.perf_counter() - began)
+        saved.append(store.saved)
         delays.append(sum(seconds - usual for seconds in beside))
     path = store.find("auto")
     feed.close()
     store.close()
     figures = {"prepare": prepared, "step": usual, "state": store.state_bytes}
-    return _rows(run, path, figures, stalls=stalls, writes=writes, delays=delays)
+    rows = _rows(run, path, figures, stalls=stalls, writes=writes, delays=delays)
+    return rows + _digest_rows(saved)
 
 
 def _on_any_rank(world: Any, here: bool) -> bool:
@@ -154,4 +160,14 @@ def _rows(
         at_most("share of time, a save every 10 minutes", kept / _INTERVAL_S, "", 0.05),
         measured("written in", max(writes), "s"),
         measured("written, hashed and read back", real / _GB / max(writes), "GB/s"),
+    ]
+
+
+def _digest_rows(saved: list[Any]) -> list[Figure]:
+    """What SHA-256 costs, over all saves."""
+    seconds = sum(one.seconds for one in saved)
+    beside, waited = (sum(getattr(one, key) for one in saved) for key in ("hashing_s", "waited_s"))
+    return [
+        measured("SHA-256 beside the writing, share of a save", beside / seconds, ""),
+        at_most("a save that waits for SHA-256, share", waited / seconds, "", _DIGEST_BAR),
     ]

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import stat
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +180,6 @@ class HashingFile:
         """Append `data`."""
         self._file.write(data)
         self._digest.update(data)
-        self.size_bytes += len(data)
-
-    def write_beside(self, data: memoryview, pool: Executor) -> None:
-        """Append `data`, hashed by a thread of `pool` while it is written."""
-        digest = pool.submit(self._digest.update, data)
-        try:
-            self._file.write(data)
-        finally:
-            digest.result()
         self.size_bytes += len(data)
 
     def close(self) -> None:

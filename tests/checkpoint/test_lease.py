@@ -85,10 +85,10 @@ def test_a_folder_that_is_taken_while_a_save_is_written(
     run, write = tmp_path / "run", saving.write_buffer
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(path: Path, content: torch.Tensor) -> str:
+    def slow(path: Path, content: torch.Tensor) -> None:
         begun.set()
         assert go_on.wait(10)
-        return write(path, content)
+        write(path, content)
 
     monkeypatch.setattr(saving, "write_buffer", slow)
     earlier = launch(run, "earlier")

@@ -1,19 +1,27 @@
 """Saves in the background: nothing overlaps, failures are warnings until the third in a row."""
 
 import errno
+import hashlib
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from ghostvis_mega.checkpoint import saving, store
-from ghostvis_mega.checkpoint.reader import CheckpointReader
+from ghostvis_mega.checkpoint.reader import CheckpointReader, whole_damage
 from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot
 from ghostvis_mega.checkpoint.store import CheckpointStore
-from ghostvis_mega.checkpoint.tensors import FileImage, write_buffer, write_tensors
+from ghostvis_mega.checkpoint.tensors import (
+    FileImage,
+    differs,
+    write_buffer,
+    write_tensors,
+)
+from ghostvis_mega.cli.bench_checkpoint import _digest_rows
 from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.tiny import NAME, write_tiny
 
@@ -67,7 +75,8 @@ def test_an_image_is_the_file_that_would_be_written(tmp_path: Path):
     content = HostBuffers(pinned=False).get("x", image.size_bytes)
     image.copy_to(content)
     assert image.size_bytes == size
-    assert write_buffer(tmp_path / "other", content) == digest
+    write_buffer(tmp_path / "other", content)
+    assert hashlib.sha256(content.numpy()).hexdigest() == digest
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
@@ -76,10 +85,10 @@ def test_training_goes_on_and_the_file_has_the_state_of_the_save(
 ):
     may_write, write = threading.Event(), saving.write_buffer
 
-    def later(path: Path, content: torch.Tensor) -> str:
+    def later(path: Path, content: torch.Tensor) -> None:
         assert threading.current_thread() is not threading.main_thread()
         assert may_write.wait(10)
-        return write(path, content)
+        write(path, content)
 
     monkeypatch.setattr(saving, "write_buffer", later)
     engine.value = 1.0
@@ -98,12 +107,11 @@ def test_a_second_save_waits_for_the_first(
     events: list[str] = []
     write = saving.write_buffer
 
-    def slow(path: Path, content: torch.Tensor) -> str:
+    def slow(path: Path, content: torch.Tensor) -> None:
         events.append(f"write {path.parent.name}")
         threading.Event().wait(0.1)
-        digest = write(path, content)
+        write(path, content)
         events.append(f"written {path.parent.name}")
-        return digest
 
     def snapshot(engine: FakeEngine, buffers: HostBuffers, *, step: int) -> Snapshot:
         events.append(f"copy {step}")
@@ -152,7 +160,7 @@ def test_the_third_failure_in_a_row_stops_and_what_is_there_stays(
 def test_the_last_save_of_a_run_must_succeed(
     engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ):
-    def broken(path: Path, content: torch.Tensor) -> str:
+    def broken(path: Path, content: torch.Tensor) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(saving, "write_buffer", broken)
@@ -193,6 +201,59 @@ def test_a_disk_that_gives_back_other_bytes_is_found_at_once(
     with pytest.raises(CheckpointError, match="the disk does not give back what was written"):
         checkpoints.save(engine, step=2, extra={})
     assert names(checkpoints) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize("size", [8, 4099, (32 << 20) + 13])
+def test_any_other_byte_on_the_disk_is_seen(tmp_path: Path, size: int):
+    content = torch.arange(size, dtype=torch.int32).to(torch.uint8)
+    file = tmp_path / "file"
+    write_buffer(file, content)
+    assert not differs(file, content)
+    data = file.read_bytes()
+    for at in {0, size // 2, size - 1, 7}:
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert differs(file, content), at
+    for other in (data[:-1], data + b"x", b""):
+        file.write_bytes(other)
+        assert differs(file, content)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_save_says_how_long_it_waited_for_digests(
+    engine: FakeEngine,
+    checkpoints: CheckpointStore,
+    monkeypatch: pytest.MonkeyPatch,
+    slow: bool,
+):
+    digest, compare, compared = saving._digest, saving.differs, threading.Event()
+
+    def late(content: torch.Tensor) -> tuple[str, float]:
+        if slow:
+            assert compared.wait(10)
+            time.sleep(0.2)
+        return digest(content)
+
+    def differs(path: Path, content: torch.Tensor) -> bool:
+        found = compare(path, content)
+        compared.set()
+        return found
+
+    monkeypatch.setattr(saving, "_digest", late)
+    monkeypatch.setattr(saving, "differs", differs)
+    path = checkpoints.save(engine, step=1, extra={})
+    saved = checkpoints.saved
+    assert (path, whole_damage(path)) == (saved.path, [])
+    assert saved.seconds > saved.waited_s >= 0
+    assert (saved.waited_s > 0.19) == slow
+    assert 0 < saved.hashing_s < 0.2
+
+
+@pytest.mark.parametrize(("waited_s", "ok"), [(0.1, True), (0.5, True), (0.6, False)])
+def test_the_wait_for_digests_has_a_bar(tmp_path: Path, waited_s: float, ok: bool):
+    saves = [saving.Saved(tmp_path, 5.0, hashing_s=1.0, waited_s=each) for each in (0.0, waited_s)]
+    beside, waited = _digest_rows(saves)
+    assert (beside["value"], beside["ok"]) == (0.2, None)
+    assert (waited["value"], waited["bar"], waited["ok"]) == (waited_s / 10, 0.05, ok)
 
 
 def test_buffers_are_kept_from_save_to_save():
