@@ -61,6 +61,7 @@ Presets: {", ".join(PRESETS)}.
 Exit code: 0 measured, 1 a row failed, a loss did not fall or a bar is missed, 2 wrong settings.
 """
 
+_FIGURE_WIDTH, _ROW_WIDTH = 46, 14
 _TARGET = ("-m", "ghostvis_mega.cli.bench_train_rank")
 
 
@@ -224,9 +225,11 @@ def _conclude(plan: Plan, results: Sequence[RowResult], *, title: str, as_json: 
 
 def _print_tables(plan: Plan, results: Sequence[RowResult], *, title: str) -> None:
     """Figures down, rows of the benchmark across; then what is compared and promised."""
-    console = Console()
     ran = [result for result in results if not result.failure]
     values = {result.name: row_values(result) for result in ran}
+    console = Console()
+    # Where nobody has set a width, as in a log, a column a row must still be readable.
+    console.width = max(console.width, _FIGURE_WIDTH + _ROW_WIDTH * len(values))
     missed = {
         figure["name"]
         for result in ran

@@ -95,7 +95,7 @@ class OurTrainer:
             flops_vision=m.flops_vision,
             data_s=fetched.data_s,
             sections=sections | {BETWEEN: m.other_s},
-            imbalance=m.dispatch.get("imbalance", 1.0),
+            imbalance=m.dispatch.get("imbalance"),
         )
 
     def close(self) -> None:

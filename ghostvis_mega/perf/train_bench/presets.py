@@ -23,6 +23,8 @@ _MICRO_TOKENS = 8192
 _STEP_TOKENS = 16 * 4096
 """Of one step, for each process."""
 _TEXT_TOKENS = 8_000_000
+_RECIPES = ("delayed", "tensorwise", "blockwise")
+_FUSED = "train.fused_wgrad=true"
 _NAIVE_LENGTH = 2048
 """Longest row of the naive baseline; each micro-batch is padded to its own longest."""
 
@@ -96,19 +98,57 @@ def _hf() -> str:
     return "hf+liger" if importlib.util.find_spec("liger_kernel") else "hf"
 
 
-def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
-    """Our text rows beside all peers'."""
-    length = length or 4096
-    if _MICRO_TOKENS % length:
-        raise ConfigError([f"--seq-length {length} does not divide {_MICRO_TOKENS}. Use 4096."])
-    rows_each = _MICRO_TOKENS // length
-    count = _STEP_TOKENS * processes // length
-    need = TextNeed(
+def _text_need(size: _Size, length: int, data: Path) -> TextNeed:
+    return TextNeed(
         data / f"text-{length}-{size.vocab_size}.gvd",
         sample_length=length,
         vocab_size=size.vocab_size,
         samples=_TEXT_TOKENS // length,
     )
+
+
+def _ablation(size: _Size, processes: int, length: int, data: Path) -> Plan:
+    """Our text row with everything on, and with one thing changed at a time."""
+    length = _fitting(length)
+    need = _text_need(size, length, data)
+    packs = _STEP_TOKENS * processes // _MICRO_TOKENS
+    tensor = f"parallel.tensor={size.tensor}"
+    everything = _packs(packs, _MICRO_TOKENS, need.path, tensor, _FUSED)
+    zero = {n: f"deepspeed.llm={_DEEPSPEED / f'zero{n}.json'}" for n in (1, 3)}
+    changed: dict[str, tuple[str, ...]] = {
+        "without fused wgrad": ("train.fused_wgrad=false",),
+        "without fused loss": ("train.fused_loss=false",),
+        "MLPs run again": ("train.recompute=selective",),
+        "layers run again": ("train.recompute=full",),
+        "ZeRO-1": (zero[1],),
+        "ZeRO-3": (zero[3], "train.fused_wgrad=false"),
+        **{f"FP8 {recipe}": (f"train.fp8={recipe}",) for recipe in _RECIPES},
+    }
+    if size.tensor > 1:
+        changed["without sequence parallelism"] = ("parallel.sequence_parallel=false",)
+    rows = (Row(name, settings=(*everything, *more)) for name, more in changed.items())
+    return Plan(
+        settings=_base(size.text),
+        rows=(Row("everything", settings=everything), *rows),
+        ratios=tuple(Ratio(name, "everything") for name in changed),
+        data=(need,),
+    )
+
+
+def _fitting(length: int) -> int:
+    """The length of a text preset's sequences."""
+    length = length or 4096
+    if _MICRO_TOKENS % length:
+        raise ConfigError([f"--seq-length {length} does not divide {_MICRO_TOKENS}. Use 4096."])
+    return length
+
+
+def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
+    """Our text rows beside all peers'."""
+    length = _fitting(length)
+    rows_each = _MICRO_TOKENS // length
+    count = _STEP_TOKENS * processes // length
+    need = _text_need(size, length, data)
     tensor = f"parallel.tensor={size.tensor}"
     ours = _packs(count // rows_each, _MICRO_TOKENS, need.path, tensor)
     megatron = _rows(count, length, rows_each, need.path, tensor)
@@ -123,7 +163,8 @@ def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
     hf_name = f"HF + DeepSpeed {size.zero.partition('.')[0]}"
     rows = (
         Row("ours", settings=ours),
-        Row("ours FP8", settings=(*ours, "train.fp8=delayed")),
+        Row("ours fused wgrad", settings=(*ours, _FUSED)),
+        Row("ours FP8", settings=(*ours, _FUSED, "train.fp8=delayed")),
         Row("Megatron-Core", "megatron", megatron),
         Row("Megatron-Core fused wgrad", "megatron+fused-wgrad", megatron),
         Row(hf_name, _hf(), hf),
@@ -133,10 +174,11 @@ def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
         settings=_base(size.text),
         rows=rows,
         ratios=(
-            *(Ratio("ours", peer, 1.10) for peer in peers),
-            Ratio("ours FP8", "ours", size.fp8),
+            *(Ratio("ours", peer) for peer in peers),
+            *(Ratio("ours fused wgrad", peer, 1.10) for peer in peers),
+            Ratio("ours FP8", "ours fused wgrad", size.fp8),
         ),
-        bars=(Bar("ours", TFLOPS, least=size.tflops),),
+        bars=(Bar("ours fused wgrad", TFLOPS, least=size.tflops),),
         data=(need,),
     )
 
@@ -144,12 +186,7 @@ def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
 def _vision(size: _Size, processes: int, length: int, data: Path) -> Plan:
     """Our VLM beside our text model, transformers' and the naive baseline."""
     length = length or _MICRO_TOKENS
-    text = TextNeed(
-        data / f"text-4096-{size.vocab_size}.gvd",
-        sample_length=4096,
-        vocab_size=size.vocab_size,
-        samples=_TEXT_TOKENS // 4096,
-    )
+    text = _text_need(size, 4096, data)
     pictures = PictureNeed(data / "pictures.gvd")
     tensor = f"parallel.tensor={size.tensor}"
     packs = _STEP_TOKENS * processes // length
@@ -161,6 +198,8 @@ def _vision(size: _Size, processes: int, length: int, data: Path) -> Plan:
         pictures.path,
         vlm,
         f"deepspeed.llm={_DEEPSPEED / size.zero}",
+        # Of ours, which the peer has not: the rules want a stage that pictures may miss.
+        f"deepspeed.vision={_DEEPSPEED / 'zero1.json'}",
         f"train.recompute={size.recompute}",
     )
     naive = _rows(32 * processes, _NAIVE_LENGTH, 4, pictures.path, vlm)
@@ -211,7 +250,8 @@ def _tiny(processes: int, length: int, data: Path) -> Plan:
     """Every kind of row at a size for a CPU: shows that all of it runs, not how fast anything
     is."""
     length = length or 128
-    text = TextNeed(data / f"text-{length}-1024.gvd", length, vocab_size=1024, samples=512)
+    # So few kinds of tokens that three steps show whether a row learns.
+    text = TextNeed(data / f"text-{length}-64.gvd", length, vocab_size=64, samples=512)
     pictures = PictureNeed(data / "pictures-60.gvd", pictures=60)
     count = 4 * processes
     no_vision = ("model.vision=null", "model.connector=null")
@@ -251,6 +291,8 @@ _KINDS: dict[str, tuple[Callable[[_Size, int, int, Path], Plan], str]] = {
     "vlm-7b": (_vision, "7b"),
     "vlm-1.5b": (_vision, "1.5b"),
     "align-7b": (_align, "7b"),
+    "ablation-7b": (_ablation, "7b"),
+    "ablation-1.5b": (_ablation, "1.5b"),
 }
 PRESETS = (*_KINDS, "tiny")
 

@@ -46,8 +46,8 @@ class StepRecord:
     """Seconds by part."""
     seconds: float = math.nan
     """From the end of the step before to the end of this one."""
-    imbalance: float = 1.0
-    """Patches of the busiest rank over the mean."""
+    imbalance: float | None = None
+    """Patches of the busiest rank over the mean; None where nobody shares them out."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def row_values(result: RowResult) -> dict[str, tuple[float | None, str]]:
     if any(step.images for step in steps):
         values[IMAGES] = (rate(lambda s: s.images), "/s/GPU")
         values[TFLOPS_VISION] = (rate(lambda s: s.flops_vision, 1e12), "TFLOP/s/GPU")
-        values[IMBALANCE] = (statistics.median(s.imbalance for s in steps), "x the mean")
+        shares = [step.imbalance for step in steps if step.imbalance is not None]
+        if shares:
+            values[IMBALANCE] = (statistics.median(shares), "x the mean")
     peak = device_peak(result.device) if result.on_gpu else None
     if peak is not None:
         values[MFU] = (100 * tflops * 1e12 / peak.bf16, "%")

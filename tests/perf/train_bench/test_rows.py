@@ -2,6 +2,7 @@
 
 import pytest
 
+from ghostvis_mega.config import deepspeed
 from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.config.rules import find_problems
 from ghostvis_mega.perf.train_bench.plans import PictureNeed, TextNeed
@@ -81,6 +82,7 @@ def test_every_row_of_a_preset_keeps_all_rules(name: str, processes: int, tmp_pa
         assert loaded.problems == [], row.name
         device = "cpu" if name == "tiny" else "cuda"
         problems = find_problems(loaded.config, world_size=processes, device=device)
+        problems += deepspeed.find_problems(loaded.config, world_size=processes)
         assert [*problems, *peer_problems(row, loaded.config)] == [], row.name
         assert len(plan.needs([row])) == 1, "each row names the data that it reads"
 
