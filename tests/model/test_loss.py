@@ -83,11 +83,11 @@ def test_a_dropped_chunk_would_be_seen(groups: Groups, case: Case, truth: Outcom
         return row_chunks(*args, **options)[:-1]
 
     with mock.patch.object(loss_module, "row_chunks", fewer):
-        assert min(distances(fused(case, groups), truth)) > 1e-2
+        assert min(distances(fused(case, groups), truth)) > 5e-2
 
 
 def test_unmasked_padding_would_be_seen(groups: Groups, case: Case, truth: Outcome) -> None:
-    assert min(distances(fused(case, groups, tokens=VOCABULARY), truth)) > 1e-2
+    assert min(distances(fused(case, groups, tokens=VOCABULARY), truth)) > 5e-2
     assert not fused(case, groups).weight[TOKENS:].any()
 
 

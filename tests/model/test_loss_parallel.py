@@ -39,4 +39,4 @@ def test_tensor_ranks_meet_once_a_chunk(measured: dict[str, Any], layout: str) -
 )
 def test_a_broken_loss_would_be_seen(measured: dict[str, Any], layout: str, name: str) -> None:
     assert max(measured[f"{layout}, nothing broken"]) <= BAR
-    assert min(measured[f"{layout}, {name}"]) > 1e-3
+    assert min(measured[f"{layout}, {name}"]) > 5e-2
