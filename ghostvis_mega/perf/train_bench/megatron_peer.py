@@ -157,7 +157,8 @@ def peer_config(run: RunConfig, groups: Groups, *, device: torch.device) -> Tran
         init_method_std=run.model.llm.init_std,
         bias_dropout_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,
-        cross_entropy_fusion_impl="te" if on_gpu else "native",
+        # Megatron-LM refuses that of Transformer Engine.
+        cross_entropy_fusion_impl="native",
     )
 
 
