@@ -2,13 +2,15 @@
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, run_ranks
 
-__all__ = ["ROOT", "RankError", "RankHang", "launch", "write_result"]
+__all__ = ["ROOT", "RankError", "RankHang", "fork_ranks", "launch", "write_result"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +48,28 @@ def launch(
 def write_result(value: Any) -> None:
     """In a worker, on one rank: give `value` (JSON) to the caller of `launch`."""
     (Path(os.environ["LAUNCH_FOLDER"]) / "result.json").write_text(json.dumps(value))
+
+
+def fork_ranks(main: Callable[[], None], world: int) -> None:
+    """In a worker that is launched as one rank: become several that each run `main`.
+
+    What all of them import, several seconds of it, is imported once.
+    """
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
+    children = []
+    for rank in range(1, world):
+        child = os.fork()
+        if child == 0:
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            code = 1
+            try:
+                main()
+                code = 0
+            finally:
+                traceback.print_exc() if code else None
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    main()
+    failed = [child for child in children if os.waitpid(child, 0)[1]]
+    assert not failed, f"{len(failed)} ranks failed"

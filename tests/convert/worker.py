@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.certify import problem
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.sharded import IMAGE, MODELS, NEW_TOKENS, PROMPTS, pictures
-from tests.launch import write_result
+from tests.launch import fork_ranks, write_result
 
 WORLD = 4
 OPTIONS = ExportOptions(assets=Assets(tokens={"image": IMAGE, "eos": 2, "pad": 0}))
@@ -165,27 +164,5 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def fork() -> None:
-    """Become four ranks: what all import is imported once."""
-    os.environ["WORLD_SIZE"] = str(WORLD)
-    children = []
-    for rank in range(1, WORLD):
-        child = os.fork()
-        if child == 0:
-            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-            code = 1
-            try:
-                main()
-                code = 0
-            finally:
-                traceback.print_exc() if code else None
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
-    main()
-    failed = [child for child in children if os.waitpid(child, 0)[1]]
-    assert not failed, f"{len(failed)} ranks failed"
-
-
 if __name__ == "__main__":
-    fork()
+    fork_ranks(main, WORLD)

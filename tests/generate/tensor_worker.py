@@ -12,7 +12,7 @@ from ghostvis_mega.generate.load import load_model
 from ghostvis_mega.generate.ranks import join_ranks, leave_ranks
 from tests.convert.cases import IMAGE
 from tests.generate.models import CPU, PROMPTS, request
-from tests.launch import write_result
+from tests.launch import fork_ranks, write_result
 
 
 def main() -> None:
@@ -43,4 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # A GPU is not shared with a process that forked.
+    main() if sys.argv[2] == "cuda" else fork_ranks(main, 2)

