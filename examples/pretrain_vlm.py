@@ -17,6 +17,7 @@ import time
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.train.signals import EXIT_REQUEUE, StopRequest
 from ghostvis_mega.utils.errors import ConfigError, GhostVisError
+from ghostvis_mega.utils.imports import many_imports
 from ghostvis_mega.utils.logging import setup_logging
 from ghostvis_mega.utils.secrets import hide
 
@@ -41,7 +42,8 @@ def main() -> int:
         # Settings are checked before torch is even imported: a wrong one is reported in seconds.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         run = load_checked(arguments.config, arguments.overrides, world_size=world_size)
-        from ghostvis_mega.session import Training, local_device, open_world
+        with many_imports():
+            from ghostvis_mega.session import Training, local_device, open_world
 
         with open_world(run, device=local_device(run)) as world:
             Training(run, world, started=started, stop=stop).execute()

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ghostvis_mega.cli.output import AsJson, conclude
+from ghostvis_mega.utils.imports import many_imports
 from ghostvis_mega.utils.launch import device_environment, started_ranks
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -83,10 +84,11 @@ def _run(place: Path, *, seconds: float, kill_every: float, processes: int) -> i
 
 def _be_a_rank(place: Path, *, save_every: int) -> None:
     setup_logging(rank=int(os.environ["RANK"]))
-    import torch
+    with many_imports():
+        import torch
 
-    from ghostvis_mega.perf.goodput_drill import drill_run
-    from ghostvis_mega.session import Training, local_device, open_world
+        from ghostvis_mega.perf.goodput_drill import drill_run
+        from ghostvis_mega.session import Training, local_device, open_world
 
     torch.set_num_threads(1)
     run = drill_run(place, save_every=save_every)

@@ -6,7 +6,6 @@ Shape legend: N images, P patches, T tokens an image, C tower width, H LLM width
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from ghostvis_mega.config.schema import ConnectorConfig, ModelConfig, VisionConfig
 from ghostvis_mega.model.init import initialize
@@ -29,8 +28,13 @@ def build_tower(vision: VisionConfig) -> nn.Module:
         "patch_size": vision.patch_size,
         "attn_implementation": "sdpa",
     }
+    # Here, because a model without pictures need not wait a second for transformers.
     if vision.kind == "siglip":
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
         return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
     return CLIPVisionModel(CLIPVisionConfig(**sizes))
 
 

@@ -54,9 +54,14 @@ def figures_of(folder: Path, *, kills: int) -> list[Figure]:
     path = folder / "run" / LEDGER
     account = read_account(path)
     starts = start_ups(read_rows(path))
+    slowest = "slowest start of a process to its first step"
     rows: list[Figure] = [
         at_least("goodput", account.share, "of wall time", GOODPUT),
-        at_most("slowest start of a process to its first step", max(starts), "s", START_UP_S),
+        at_most(slowest, max(starts), "s", START_UP_S)
+        if starts
+        else measured(slowest, None, "s", bar=START_UP_S, ok=False),
+        # Killed before it came so far, a launch has no time that could be too long.
+        at_most("launches without a step", account.launches - len(starts), "", 0),
         measured("wall time", account.wall_s, "s"),
         measured("kills", kills, ""),
         at_least("launches", account.launches, "", kills),

@@ -46,6 +46,16 @@ def test_missed_bars_are_seen(tmp_path: Path) -> None:
     assert missed == {"goodput", "launches", "slowest start of a process to its first step"}
 
 
+def test_a_launch_that_never_trained_is_no_fast_start(tmp_path: Path) -> None:
+    again = [*LINES, {"kind": "launch", "time": 121.0}]
+    rows = {row["name"]: row for row in figures_of(write(tmp_path, again), kills=3)}
+    assert [name for name, row in rows.items() if row["ok"] is False] == ["launches without a step"]
+    (tmp_path / "run" / "goodput.jsonl").write_text(json.dumps(LINES[0]) + "\n")
+    rows = {row["name"]: row for row in figures_of(tmp_path, kills=1)}
+    start = rows["slowest start of a process to its first step"]
+    assert (start["value"], start["ok"]) == (None, False)
+
+
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_run_that_is_killed_comes_back_and_knows_its_time(tmp_path: Path) -> None:
