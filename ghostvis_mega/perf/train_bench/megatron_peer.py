@@ -46,7 +46,7 @@ class MegatronTrainer(PeerTrainer):
         self.config = peer_config(run, groups, device=device)
         model = build_model(self.config, run, groups, device=device)
         fused = fuse_wgrad(model) if fused_wgrad and device.type == "cuda" else 0
-        overlap = groups.degrees.data > 1 and device.type == "cuda"
+        overlap = groups.degrees.data > 1
         with cuda_type_names(device):
             self.model = DistributedDataParallel(
                 self.config,
@@ -154,6 +154,7 @@ def peer_config(run: RunConfig, groups: Groups, *, device: torch.device) -> Tran
         init_method=None,
         output_layer_init_method=None,
         embedding_init_method=None,
+        embedding_init_method_std=None,
         init_method_std=run.model.llm.init_std,
         bias_dropout_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,

@@ -88,7 +88,7 @@ def traced_step(
     trainer: Trainer, *, step: int, folder: Path, name: str, device: torch.device
 ) -> list[dict[str, Any]]:
     """Train one step under the profiler; collective. Each rank writes a Chrome trace; returns the
-    figures of this rank.
+    figures of the first, none on others.
 
     The profiler makes a step longer, above all on the CPU: its shares count, not its time.
     """
@@ -101,6 +101,8 @@ def traced_step(
         trainer.step(step)
         synchronize(device)
     profiler.export_chrome_trace(str(trace_file(folder, name, dist.get_rank())))
+    if dist.get_rank() != 0:
+        return []
     events = list(profiler.events())
     (whole,) = (e for e in events if e.name == _STEP and e.device_type == DeviceType.CPU)
     step_us = whole.time_range.elapsed_us()

@@ -89,4 +89,4 @@ def measure(
 def trace_file(folder: Path, name: str, rank: int) -> Path:
     """Where the trace of a rank of a row goes."""
     kept = "".join(c if c.isalnum() else "-" for c in name).strip("-")
-    return folder / f"{kept}-rank{rank}.json"
+    return folder / f"{kept}-rank{rank}.json.gz"

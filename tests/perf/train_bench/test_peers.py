@@ -1,5 +1,6 @@
 """Ours and all peers on the same data: they learn, count alike, and compute the same loss."""
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ghostvis_mega.config.load import load_run_config
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.build import build_chunks
 from ghostvis_mega.model.flops import batch_flops
 from ghostvis_mega.perf.synthetic_data import write_synthetic
 from ghostvis_mega.perf.train_bench.execute import build_trainer
@@ -143,6 +145,31 @@ def test_two_peers_of_equal_weights_have_equal_losses(
     assert other != pytest.approx(losses["naive"], abs=2e-4)
 
 
+@pytest.mark.parametrize(("layer", "same"), [("", True), ("decoder.layers.1.mlp", False)])
+def test_megatron_core_with_our_weights_has_our_loss(
+    text: Path, tmp_path: Path, groups: "Groups", layer: str, same: bool
+) -> None:
+    """Its model is ours, not a smaller one; without one layer's MLP weights it is another."""
+    from ghostvis_mega.perf.train_bench.megatron_peer import MegatronTrainer
+
+    run = text_run("megatron", text, tmp_path)
+    trainer = MegatronTrainer(run, groups, device=CPU, fused_wgrad=False)
+    theirs = dict(trainer.model.module.named_parameters())
+    # Ours on the same rows; packs would hold other samples.
+    expected = train("ours", run, groups, steps=1)[0].loss
+    (chunk,) = build_chunks(run, groups, device=CPU, dtype=torch.float32)
+    ours = dict(chunk.named_parameters())
+    ours["embedding.word_embeddings.weight"] = ours.pop("embedding.weight")
+    assert {n: p.shape for n, p in ours.items()} == {n: p.shape for n, p in theirs.items()}
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            if not (layer and name.startswith(layer)):
+                theirs[name].copy_(parameter)
+    loss = trainer.step(0).loss
+    trainer.close()
+    assert (loss == pytest.approx(expected, abs=1e-5)) is same
+
+
 def _slow():
     from ghostvis_mega.config.schema import LearningRates
 
@@ -224,5 +251,5 @@ def test_a_step_is_traced(text: Path, tmp_path: Path, groups: "Groups") -> None:
     assert 0 < found["GEMM"] < 100
     assert sum(found[k] for k in ("GEMM", "attention", "loss", "optimizer", "other")) < 100
     (file,) = (tmp_path / "traces").iterdir()
-    assert file.name == "a-b-rank0.json"
-    assert '"traceEvents"' in file.read_text()
+    assert file.name == "a-b-rank0.json.gz"
+    assert '"traceEvents"' in gzip.decompress(file.read_bytes()).decode()
