@@ -263,9 +263,9 @@ class TrainConfig(Section):
     fused_wgrad: bool = False
     """On GPUs in BF16 with ZeRO stage 1 or 2, the LLM's matrix products add weight gradients to
     fp32 sums themselves, instead of handing each micro-batch's to autograd; no effect elsewhere."""
-    fused_loss: bool = True
-    """Output layer and loss in chunks of rows, never holding all scores of a micro-batch; false
-    scores all rows at once."""
+    fused_loss: bool = False
+    """Output layer and loss in chunks of rows, never holding all scores of a micro-batch, instead
+    of scoring all rows at once."""
     deterministic: bool = False
     """Equal runs give equal bits: reproducible kernels only, on the CPU one thread a process."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0

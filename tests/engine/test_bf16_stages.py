@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch import launch
 
-pytestmark = [pytest.mark.world_size(2), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.world_size(2), pytest.mark.timeout(540)]
 
 STAGES = ["stage 1", "stage 2", "stage 3", "stage 1 on the host", "stage 2 on the host"]
 
@@ -15,7 +15,7 @@ STAGES = ["stage 1", "stage 2", "stage 3", "stage 1 on the host", "stage 2 on th
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     worker = Path(__file__).with_name("bf16_stages_worker.py")
-    return launch(worker, ranks=2, timeout_s=180, folder=tmp_path_factory.mktemp("bf16"))
+    return launch(worker, ranks=2, timeout_s=500, folder=tmp_path_factory.mktemp("bf16"))
 
 
 @pytest.mark.parametrize("name", STAGES)

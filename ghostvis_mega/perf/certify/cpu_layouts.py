@@ -131,6 +131,10 @@ RECOMPUTE = {
     "selective recompute": Piece(split={"train": {"recompute": "selective"}}),
     "full recompute": Piece(split={"train": {"recompute": "full"}}),
 }
+LOSS = {
+    "scored at once": Piece(),
+    "fused loss": Piece(split={"train": {"fused_loss": True}}),
+}
 STAGES = {"equal stages": Piece(), "unequal stages": Piece()}
 FROZEN = ("nothing frozen", "frozen tower", "frozen LLM", "projector alone", "frozen vision")
 HEAD = {
@@ -170,6 +174,7 @@ DIMENSIONS: dict[str, dict[str, Piece]] = {
     "vision_zero": VISION_ZERO,
     "rows": ROWS,
     "recompute": RECOMPUTE,
+    "loss": LOSS,
     "frozen": dict.fromkeys(FROZEN, Piece()),
     "stages": STAGES,
     "head": HEAD,
