@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ghostvis_mega.checkpoint.manifest import MOMENTS
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.engine.zero import ZeroEngine
 from ghostvis_mega.model.shards import partition_dim
 from ghostvis_mega.parallel.groups import Groups
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

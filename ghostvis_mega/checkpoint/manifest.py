@@ -31,6 +31,8 @@ LARGEST_MANIFEST = 256 << 20
 _FILE_NAME = re.compile(r"(llm|vision|optimizer|random)-[0-9]{5,}\.safetensors")
 
 Kind = Literal["weights", "optimizer", "random"]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, for each element."""
 
 
 class _Part(BaseModel):

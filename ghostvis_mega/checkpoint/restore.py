@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
+from ghostvis_mega.checkpoint.capture import parameter_entries, saved_kinds
 from ghostvis_mega.checkpoint.held import (
     Held,
     Span,
@@ -22,7 +23,6 @@ from ghostvis_mega.checkpoint.layout import (
 )
 from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.checkpoint.resharding import Part, missing_part, read_part
-from ghostvis_mega.checkpoint.snapshot import parameter_entries, saved_kinds
 from ghostvis_mega.checkpoint.together import on_every_rank
 from ghostvis_mega.engine.optimizer import module_of
 from ghostvis_mega.engine.step import TrainEngine

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ghostvis_mega.checkpoint.held import MOMENTS
-from ghostvis_mega.checkpoint.manifest import Kind, ParameterInfo, write_manifest
+from ghostvis_mega.checkpoint.manifest import MOMENTS, Kind, ParameterInfo, write_manifest
 from ghostvis_mega.checkpoint.reader import FP8_PREFIX, CheckpointReader
 from ghostvis_mega.checkpoint.resharding import Part, missing_part, read_part
 from ghostvis_mega.checkpoint.tensors import Later, write_later, write_tensors

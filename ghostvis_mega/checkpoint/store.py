@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import JsonValue
 
+from ghostvis_mega.checkpoint.capture import make_buffers, take_snapshot
 from ghostvis_mega.checkpoint.folder import CheckpointFolder, open_complete
 from ghostvis_mega.checkpoint.fp8_state import restore_fp8_state
 from ghostvis_mega.checkpoint.layout import layout_change, layout_of, same_places
@@ -29,7 +30,7 @@ from ghostvis_mega.checkpoint.restore import (
     weight_problems,
 )
 from ghostvis_mega.checkpoint.saving import Saved, write_checkpoint
-from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot, make_buffers, take_snapshot
+from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups

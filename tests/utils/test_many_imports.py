@@ -23,11 +23,20 @@ def test_nobody_collects_inside_and_what_is_there_stays_untouched() -> None:
         gc.unfreeze()
 
 
-def test_a_model_without_pictures_needs_no_transformers() -> None:
-    code = "import sys, ghostvis_mega.session; print([n for n in HEAVY if n in sys.modules])"
-    heavy = ("transformers", "accelerate", "wandb", "datasets", "matplotlib")
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("session", ("transformers", "accelerate", "wandb", "datasets", "matplotlib")),
+        # They are started often, and drills fork what they have imported.
+        ("checkpoint.rewrite", ("megatron", "deepspeed", "transformers")),
+        ("checkpoint.drill_crash", ("megatron", "deepspeed", "transformers")),
+        ("checkpoint.drill_corrupt", ("megatron", "deepspeed", "transformers")),
+    ],
+)
+def test_what_a_module_does_not_need_is_not_imported(module: str, heavy: tuple[str, ...]) -> None:
+    code = "import sys, ghostvis_mega.MODULE; print([n for n in HEAVY if n in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code.replace("HEAVY", repr(heavy))],
+        [sys.executable, "-c", code.replace("MODULE", module).replace("HEAVY", repr(heavy))],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
