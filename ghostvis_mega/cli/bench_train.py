@@ -55,8 +55,8 @@ Examples:
     --row "HF: peer=hf data.packing=false batch.micro_size=2" --trace runs/traces
 
 \\b
-A row is NAME: followed by settings of the run file, and by peer=KIND where it is not ours: KIND is
-{", ".join(KINDS[1:])}.
+A row is NAME: followed by settings of the run file, by env.VARIABLE=value for its processes, and by
+peer=KIND where it is not ours: KIND is {", ".join(KINDS[1:])}.
 Presets: {", ".join(PRESETS)}.
 Exit code: 0 measured, 1 a row failed, a loss did not fall or a bar is missed, 2 wrong settings.
 """

@@ -11,6 +11,7 @@ PACKAGES = (
     "transformers",
     "transformer-engine",
     "flash-attn",
+    "liger-kernel",
     "numpy",
     "pillow",
     "sentencepiece",

@@ -1,6 +1,8 @@
 """Each row of the training benchmark in a launch of its own, killed whole when its time is up."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,9 @@ from ghostvis_mega.utils.launch import RankError, RankHang, device_environment, 
 ORDER_VARIABLE = "GHOSTVIS_BENCH_TRAIN"
 """Names the file that tells a rank what to do."""
 _ERROR_OUTPUT = 2
+_DEFAULTS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+"""Of every row, where this process's environment and the row's say nothing: what torchrun sets, and
+what Megatron-Core needs to overlap tensor-parallel communication."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,12 @@ def run_row(
     order.folder.mkdir(parents=True)
     file = order.folder / "order.json"
     order.write(file)
-    environment = {ORDER_VARIABLE: str(file), **device_environment(device)}
+    environment = {
+        **{name: os.environ.get(name, value) for name, value in _DEFAULTS.items()},
+        **dict(order.row.environment),
+        ORDER_VARIABLE: str(file),
+        **device_environment(device),
+    }
     try:
         run_ranks(
             target,
@@ -94,7 +104,10 @@ def run_row(
         return failed(order.row, str(hang).splitlines()[0].rstrip(":"))
     except RankError as failure:
         return failed(order.row, first_reason(order, processes) or str(failure).splitlines()[0])
-    return RowResult.read(order.result)
+    result = RowResult.read(order.result)
+    told = {name: environment[name] for name in (*_DEFAULTS, *dict(order.row.environment))}
+    words = ", ".join(f"{name}={value}" for name, value in told.items())
+    return dataclasses.replace(result, description=result.description | {"environment": words})
 
 
 def first_reason(order: Order, processes: int) -> str:

@@ -23,6 +23,8 @@ class Row:
     kind: str = OURS
     settings: tuple[str, ...] = ()
     """`section.key=value` on top of those that all rows share."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables of its processes."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Bar:
 
 
 def parse_row(text: str) -> Row:
-    """Read "NAME: peer=KIND section.key=value ..."; without `peer` it is ours.
+    """Read "NAME: peer=KIND env.VARIABLE=value section.key=value ..."; without `peer` it is ours.
 
     Raises:
-        ConfigError: It has no name, or the kind is unknown.
+        ConfigError: It has no name, or the kind is unknown, or a variable has no value.
     """
     name, colon, rest = text.partition(":")
     name = name.strip()
@@ -63,8 +65,12 @@ def parse_row(text: str) -> Row:
     kind = kinds[0] if kinds else OURS
     if kind not in KINDS:
         raise ConfigError([f"--row {text!r}: peer={kind} is unknown. Use {', '.join(KINDS)}."])
-    settings = tuple(word for word in words if not word.startswith("peer="))
-    return Row(name, kind, settings)
+    settings = tuple(word for word in words if not word.startswith(("peer=", "env.")))
+    variables = [word.removeprefix("env.").partition("=") for word in words if word[:4] == "env."]
+    wrong = [variable for variable, equals, _ in variables if not (equals and variable)]
+    if wrong:
+        raise ConfigError([f"--row {text!r}: env.{wrong[0]} has no value. Write env.NAME=value."])
+    return Row(name, kind, settings, tuple((variable, value) for variable, _, value in variables))
 
 
 def parse_ratio(text: str) -> Ratio:

@@ -1,5 +1,6 @@
 """A row that hangs is killed and named; one that fails says why; the others go on."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ if name == "dies":
     os._exit(11)
 if name in ("hangs", "fails"):
     time.sleep(600)
-result = dict(name=name, kind="ours", processes=2, steps=[])
+result = dict(name=name, kind="ours", processes=2, steps=[], failure=os.environ.get("SAID", ""))
 (folder / "result.json").write_text(json.dumps(result))
 """
 
@@ -75,6 +76,17 @@ def test_a_row_that_dies_without_a_word_is_told_by_its_exit_code(script, tmp_pat
 def test_a_row_that_runs_gives_its_result(script: Path, tmp_path: Path) -> None:
     result = start("runs", script, tmp_path)
     assert (result.name, result.failure, result.processes) == ("runs", "", 2)
+
+
+@pytest.mark.world_size(2)
+def test_a_rows_variables_reach_its_ranks(script: Path, tmp_path: Path) -> None:
+    order = order_of("runs", tmp_path)
+    row = Row("runs", environment=(("SAID", "hello"), ("OMP_NUM_THREADS", "3")))
+    order = dataclasses.replace(order, row=row)
+    result = run_row(order, target=[str(script)], processes=2, timeout_s=60.0, device="cpu")
+    assert result.failure == "hello"
+    assert "OMP_NUM_THREADS=3" in result.description["environment"]
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=" in result.description["environment"]
 
 
 def test_a_rank_reads_the_order_as_it_was_written(tmp_path: Path) -> None:

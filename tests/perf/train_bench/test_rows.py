@@ -27,9 +27,16 @@ def test_a_row_is_a_name_and_settings() -> None:
     )
 
 
+def test_a_row_may_have_variables() -> None:
+    row = parse_row("a: env.NVTE_FLASH_ATTN=0 train.fp8=delayed env.EMPTY=")
+    assert row.environment == (("NVTE_FLASH_ATTN", "0"), ("EMPTY", ""))
+    assert row.settings == ("train.fp8=delayed",)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
+        ("x: env.NVTE_FLASH_ATTN", "env.NVTE_FLASH_ATTN has no value"),
         ("train.steps=3", "has no name"),
         (": peer=hf", "has no name"),
         ("x: peer=fsdp", "peer=fsdp is unknown. Use ours, megatron"),
