@@ -5,120 +5,50 @@ into a micro-batch as a peer puts rows into its own. A step has 16 sequences of 
 process, or as many tokens in longer ones.
 """
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ghostvis_mega.perf.train_bench.plans import PictureNeed, Plan, TextNeed
+from ghostvis_mega.perf.train_bench.preset_parts import (
+    DEEPSPEED,
+    FUSED,
+    MICRO_TOKENS,
+    NAIVE_LENGTH,
+    NAIVE_ROWS,
+    RECIPES,
+    ROWS,
+    SIZES,
+    STEP_TOKENS,
+    TEXT_TOKENS,
+    Size,
+    base_settings,
+    hf_kind,
+    pack_settings,
+    rows_of_one,
+)
 from ghostvis_mega.perf.train_bench.results import DATA_WAIT, TFLOPS
 from ghostvis_mega.perf.train_bench.rows import Bar, Ratio, Row
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.hardware import has_cuda_device
-from ghostvis_mega.utils.launch import PACKAGES
-
-_DEEPSPEED = PACKAGES / "ds_configs"
-_MICRO_TOKENS = 8192
-"""Of one micro-batch, ours and peers'."""
-_STEP_TOKENS = 16 * 4096
-"""Of one step, for each process."""
-_TEXT_TOKENS = 8_000_000
-_RECIPES = ("delayed", "tensorwise", "blockwise")
-_FUSED = "train.fused_wgrad=true"
-_ROWS, _NAIVE_ROWS = 192, 32
-"""Samples with pictures of a step, for each process: about as many tokens as ours; the naive
-baseline would take minutes for those, and loses little by its more frequent updates."""
-_NAIVE_LENGTH = 2048
-"""Longest row of the naive baseline; each micro-batch is padded to its own longest."""
 
 
-@dataclass(frozen=True)
-class _Size:
-    """One model size."""
-
-    text: str
-    vision: str
-    tensor: int
-    """Of our and Megatron-Core's rows."""
-    processes: tuple[int, ...]
-    vocab_size: int
-    tflops: float
-    """Promised, of text in BF16."""
-    fp8: float
-    """Promised speed of FP8 over BF16."""
-    vision_ratio: float
-    """Promised efficiency with pictures over that of text."""
-    zero: str
-    """DeepSpeed file of the transformers peer."""
-    recompute: str
-    """Of the transformers peer."""
-
-
-_SIZES = {
-    "7b": _Size("qwen25_7b", "vlm_7b", 2, (2, 4), 152_064, 528, 1.35, 0.95, "zero3.json", "full"),
-    "1.5b": _Size(
-        "qwen25_1_5b", "vlm_1_5b", 1, (1, 2, 4), 151_936, 400, 1.0, 0.90, "zero1.json", "none"
-    ),
-}
-
-
-def _base(model: str, *, precision: str = "bf16") -> dict[str, Any]:
-    return {
-        "model": {"preset": model},
-        "data": {"train": "unset", "seq_length": _MICRO_TOKENS, "num_workers": 2},
-        "batch": {"global_size": 1},
-        "optim": {"schedule": "constant"},
-        "deepspeed": {"llm": str(_DEEPSPEED / "zero2.json")},
-        "train": {"steps": 1, "precision": precision},
-        "log": {"output": "unset"},
-    }
-
-
-def _packs(count: int, length: int, data: Path, *more: str, algorithm: str = "bfd") -> tuple:
-    """Settings of a row of ours."""
-    return (
-        f"data.train={data}",
-        f"data.seq_length={length}",
-        f"data.pack_algorithm={algorithm}",
-        f"batch.global_size={count}",
-        *more,
-    )
-
-
-def _rows(count: int, length: int, micro: int, data: Path, *more: str) -> tuple:
-    """Settings of a peer's row: one sample each."""
-    return (
-        f"data.train={data}",
-        "data.packing=false",
-        f"data.seq_length={length}",
-        f"batch.global_size={count}",
-        f"batch.micro_size={micro}",
-        *more,
-    )
-
-
-def _hf() -> str:
-    return "hf+liger" if importlib.util.find_spec("liger_kernel") else "hf"
-
-
-def _text_need(size: _Size, length: int, data: Path) -> TextNeed:
+def _text_need(size: Size, length: int, data: Path) -> TextNeed:
     return TextNeed(
         data / f"text-{length}-{size.vocab_size}.gvd",
         sample_length=length,
         vocab_size=size.vocab_size,
-        samples=_TEXT_TOKENS // length,
+        samples=TEXT_TOKENS // length,
     )
 
 
-def _ablation(size: _Size, processes: int, length: int, data: Path) -> Plan:
+def _ablation(size: Size, processes: int, length: int, data: Path) -> Plan:
     """Our text row with everything on, and with one thing changed at a time."""
     length = _fitting(length)
     need = _text_need(size, length, data)
-    packs = _STEP_TOKENS * processes // _MICRO_TOKENS
+    packs = STEP_TOKENS * processes // MICRO_TOKENS
     tensor = f"parallel.tensor={size.tensor}"
-    everything = _packs(packs, _MICRO_TOKENS, need.path, tensor, _FUSED)
-    zero = {n: f"deepspeed.llm={_DEEPSPEED / f'zero{n}.json'}" for n in (1, 3)}
+    everything = pack_settings(packs, MICRO_TOKENS, need.path, tensor, FUSED)
+    zero = {n: f"deepspeed.llm={DEEPSPEED / f'zero{n}.json'}" for n in (1, 3)}
     changed: dict[str, tuple[str, ...]] = {
         "without fused wgrad": ("train.fused_wgrad=false",),
         "without fused loss": ("train.fused_loss=false",),
@@ -126,13 +56,13 @@ def _ablation(size: _Size, processes: int, length: int, data: Path) -> Plan:
         "layers run again": ("train.recompute=full",),
         "ZeRO-1": (zero[1],),
         "ZeRO-3": (zero[3], "train.fused_wgrad=false"),
-        **{f"FP8 {recipe}": (f"train.fp8={recipe}",) for recipe in _RECIPES},
+        **{f"FP8 {recipe}": (f"train.fp8={recipe}",) for recipe in RECIPES},
     }
     if size.tensor > 1:
         changed["without sequence parallelism"] = ("parallel.sequence_parallel=false",)
     rows = (Row(name, settings=(*everything, *more)) for name, more in changed.items())
     return Plan(
-        settings=_base(size.text),
+        settings=base_settings(size.text),
         rows=(Row("everything", settings=everything), *rows),
         ratios=tuple(Ratio(name, "everything") for name in changed),
         data=(need,),
@@ -142,40 +72,40 @@ def _ablation(size: _Size, processes: int, length: int, data: Path) -> Plan:
 def _fitting(length: int) -> int:
     """The length of a text preset's sequences."""
     length = length or 4096
-    if _MICRO_TOKENS % length:
-        raise ConfigError([f"--seq-length {length} does not divide {_MICRO_TOKENS}. Use 4096."])
+    if MICRO_TOKENS % length:
+        raise ConfigError([f"--seq-length {length} does not divide {MICRO_TOKENS}. Use 4096."])
     return length
 
 
-def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
+def _text(size: Size, processes: int, length: int, data: Path) -> Plan:
     """Our text rows beside all peers'."""
     length = _fitting(length)
-    rows_each = _MICRO_TOKENS // length
-    count = _STEP_TOKENS * processes // length
+    rows_each = MICRO_TOKENS // length
+    count = STEP_TOKENS * processes // length
     need = _text_need(size, length, data)
     tensor = f"parallel.tensor={size.tensor}"
-    ours = _packs(count // rows_each, _MICRO_TOKENS, need.path, tensor)
-    megatron = _rows(count, length, rows_each, need.path, tensor)
-    hf = _rows(
+    ours = pack_settings(count // rows_each, MICRO_TOKENS, need.path, tensor)
+    megatron = rows_of_one(count, length, rows_each, need.path, tensor)
+    hf = rows_of_one(
         count,
         length,
         2 * rows_each,
         need.path,
-        f"deepspeed.llm={_DEEPSPEED / size.zero}",
+        f"deepspeed.llm={DEEPSPEED / size.zero}",
         f"train.recompute={size.recompute}",
     )
     hf_name = f"HF + DeepSpeed {size.zero.partition('.')[0]}"
     rows = (
         Row("ours", settings=ours),
-        Row("ours fused wgrad", settings=(*ours, _FUSED)),
-        Row("ours FP8", settings=(*ours, _FUSED, "train.fp8=delayed")),
+        Row("ours fused wgrad", settings=(*ours, FUSED)),
+        Row("ours FP8", settings=(*ours, FUSED, "train.fp8=delayed")),
         Row("Megatron-Core", "megatron", megatron),
         Row("Megatron-Core fused wgrad", "megatron+fused-wgrad", megatron),
-        Row(hf_name, _hf(), hf),
+        Row(hf_name, hf_kind(), hf),
     )
     peers = ("Megatron-Core", "Megatron-Core fused wgrad", hf_name)
     return Plan(
-        settings=_base(size.text),
+        settings=base_settings(size.text),
         rows=rows,
         ratios=(
             *(Ratio("ours", peer) for peer in peers),
@@ -187,34 +117,34 @@ def _text(size: _Size, processes: int, length: int, data: Path) -> Plan:
     )
 
 
-def _vision(size: _Size, processes: int, length: int, data: Path) -> Plan:
+def _vision(size: Size, processes: int, length: int, data: Path) -> Plan:
     """Our VLM beside our text model, transformers' and the naive baseline."""
-    length = length or _MICRO_TOKENS
+    length = length or MICRO_TOKENS
     text = _text_need(size, 4096, data)
     pictures = PictureNeed(data / "pictures.gvd")
     tensor = f"parallel.tensor={size.tensor}"
-    packs = _STEP_TOKENS * processes // length
+    packs = STEP_TOKENS * processes // length
     vlm = f"model.preset={size.vision}"
-    hf = _rows(
-        _ROWS * processes,
-        _NAIVE_LENGTH,
+    hf = rows_of_one(
+        ROWS * processes,
+        NAIVE_LENGTH,
         16,
         pictures.path,
         vlm,
-        f"deepspeed.llm={_DEEPSPEED / size.zero}",
+        f"deepspeed.llm={DEEPSPEED / size.zero}",
         # Of ours, which the peer has not: the rules want a stage that pictures may miss.
-        f"deepspeed.vision={_DEEPSPEED / 'zero1.json'}",
+        f"deepspeed.vision={DEEPSPEED / 'zero1.json'}",
         f"train.recompute={size.recompute}",
     )
-    naive = _rows(_NAIVE_ROWS * processes, _NAIVE_LENGTH, 4, pictures.path, vlm)
-    seen = _packs(packs, length, pictures.path, tensor, vlm, algorithm="balanced")
+    naive = rows_of_one(NAIVE_ROWS * processes, NAIVE_LENGTH, 4, pictures.path, vlm)
+    seen = pack_settings(packs, length, pictures.path, tensor, vlm, algorithm="balanced")
     return Plan(
-        settings=_base(size.text),
+        settings=base_settings(size.text),
         rows=(
-            Row("text", settings=_packs(packs, length, text.path, tensor)),
+            Row("text", settings=pack_settings(packs, length, text.path, tensor)),
             Row("VLM", settings=seen),
             Row("VLM FP8", settings=(*seen, "train.fp8=delayed")),
-            Row("HF VLM", _hf(), hf),
+            Row("HF VLM", hf_kind(), hf),
             Row("naive VLM", "naive", naive),
         ),
         ratios=(
@@ -228,15 +158,15 @@ def _vision(size: _Size, processes: int, length: int, data: Path) -> Plan:
     )
 
 
-def _align(size: _Size, processes: int, length: int, data: Path) -> Plan:
-    """Alignment (LLM and tower frozen) and SFT (all trained), each beside the naive baseline; on one
-    GPU alignment alone fits."""
-    length = length or _MICRO_TOKENS
+def _align(size: Size, processes: int, length: int, data: Path) -> Plan:
+    """Alignment (LLM and tower frozen) and, on more GPUs than one, SFT (all trained), each beside
+    the naive baseline."""
+    length = length or MICRO_TOKENS
     pictures = PictureNeed(data / "pictures.gvd")
-    packs = _STEP_TOKENS * processes // length
+    packs = STEP_TOKENS * processes // length
     frozen = "train.freeze=[llm,vision]"
-    ours = _packs(packs, length, pictures.path, algorithm="balanced")
-    naive = _rows(_NAIVE_ROWS * processes, _NAIVE_LENGTH, 4, pictures.path)
+    ours = pack_settings(packs, length, pictures.path, algorithm="balanced")
+    naive = rows_of_one(NAIVE_ROWS * processes, NAIVE_LENGTH, 4, pictures.path)
     stages = {"align": (frozen,)}
     if processes >= size.tensor:
         stages["SFT"] = ()
@@ -247,7 +177,7 @@ def _align(size: _Size, processes: int, length: int, data: Path) -> Plan:
         rows.append(Row(stage, settings=(*ours, layout, *more)))
         rows.append(Row(f"naive {stage}", "naive", (*naive, *more)))
     return Plan(
-        settings=_base(size.vision),
+        settings=base_settings(size.vision),
         rows=tuple(rows),
         ratios=tuple(Ratio(stage, f"naive {stage}") for stage in stages),
         bars=tuple(Bar(stage, DATA_WAIT, most=0.5) for stage in stages),
@@ -264,15 +194,15 @@ def _tiny(processes: int, length: int, data: Path) -> Plan:
     pictures = PictureNeed(data / "pictures-60.gvd", pictures=60)
     count = 4 * processes
     no_vision = ("model.vision=null", "model.connector=null")
-    ours = _packs(count // 2, 2 * length, text.path, *no_vision)
-    peer = _rows(count, length, 2, text.path, *no_vision)
-    seen = _packs(2 * processes, 512, pictures.path, algorithm="balanced")
-    one_each = _rows(count, 512, 2, pictures.path)
+    ours = pack_settings(count // 2, 2 * length, text.path, *no_vision)
+    peer = rows_of_one(count, length, 2, text.path, *no_vision)
+    seen = pack_settings(2 * processes, 512, pictures.path, algorithm="balanced")
+    one_each = rows_of_one(count, 512, 2, pictures.path)
     # Fused attention of packs knows no fp32, and CPUs no fast BF16.
-    base = _base("vlm_tiny", precision="bf16" if has_cuda_device() else "fp32")
+    base = base_settings("vlm_tiny", precision="bf16" if has_cuda_device() else "fp32")
     base["model"]["llm"] = {"vocab_size": 1024}
     base["optim"]["lr"] = dict.fromkeys(("llm", "vision", "projector"), 1e-3)
-    base["deepspeed"]["llm"] = str(_DEEPSPEED / "zero1.json")
+    base["deepspeed"]["llm"] = str(DEEPSPEED / "zero1.json")
     return Plan(
         settings=base,
         rows=(
@@ -295,7 +225,7 @@ def _tiny(processes: int, length: int, data: Path) -> Plan:
     )
 
 
-_KINDS: dict[str, tuple[Callable[[_Size, int, int, Path], Plan], str]] = {
+_KINDS: dict[str, tuple[Callable[[Size, int, int, Path], Plan], str]] = {
     "text-7b": (_text, "7b"),
     "text-1.5b": (_text, "1.5b"),
     "vlm-7b": (_vision, "7b"),
@@ -324,10 +254,10 @@ def preset_plan(name: str, *, processes: int, seq_length: int, data: Path) -> Pl
     if name not in _KINDS:
         raise ConfigError([f"--preset {name} is unknown. Use {', '.join(PRESETS)}."])
     make, size = _KINDS[name]
-    allowed = (1, *_SIZES[size].processes) if make is _align else _SIZES[size].processes
+    allowed = (1, *SIZES[size].processes) if make is _align else SIZES[size].processes
     if processes not in allowed:
         fitting = " or ".join(map(str, allowed))
         raise ConfigError(
             [f"--preset {name} is for {fitting} processes, not {processes}: name another number."]
         )
-    return make(_SIZES[size], processes, seq_length, data)
+    return make(SIZES[size], processes, seq_length, data)
