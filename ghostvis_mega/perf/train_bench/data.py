@@ -7,7 +7,6 @@ photographs of many sizes) with their captions.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -70,8 +69,7 @@ def write_pictures(need: PictureNeed) -> None:
     sources = [Source(name="easy-vqa", rows=conversations(need.pictures), license="MIT")]
     if stamps:
         sources.append(Source(name="tuxpaint-stamps", rows=iter(stamps), license="GPL-2"))
-    workers = len(os.sched_getaffinity(0))
-    ingest(sources, tokenizer=tokenizer, path=need.path, workers=min(8, workers))
+    ingest(sources, tokenizer=tokenizer, path=need.path)
 
 
 def conversations(pictures: int | None) -> Iterator[Row]:
