@@ -1,12 +1,16 @@
 """The launcher of multi-rank tests names the rank that hangs or fails and leaves no process."""
 
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ghostvis_mega.utils.launch import EXIT_HANG, launch_self
-from tests.launch import RankError, RankHang, launch
+from tests.launch import ROOT, RankError, RankHang, launch
 
 WORKER = Path(__file__).parent / "parity" / "sleeper.py"
 
@@ -23,6 +27,14 @@ def processes_of(folder: Path) -> list[int]:
             if f"LAUNCH_FOLDER={folder}".encode() in environment:
                 found.append(int(entry.name))
     return found
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Up to a minute, which a busy machine may need."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.1)
 
 
 @pytest.mark.world_size(4)
@@ -67,3 +79,19 @@ def test_a_command_that_does_not_end_is_a_hang(capfd: pytest.CaptureFixture[str]
     _, err = capfd.readouterr()
     assert code == EXIT_HANG
     assert "ghostvis_mega did not end within 0 s" in err
+
+
+def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text("import time; time.sleep(600)")
+    start = (
+        "import sys; from pathlib import Path; from ghostvis_mega.utils.launch import run_ranks; "
+        "run_ranks([sys.argv[1]], ranks=2, timeout_s=600, folder=Path(sys.argv[2]), environment={})"
+    )
+    command = [sys.executable, "-c", start, str(script), str(tmp_path / "ranks")]
+    ranks = tmp_path / "ranks"
+    with subprocess.Popen(command, cwd=ROOT) as launcher:
+        wait_until(lambda: len(processes_of(ranks)) == 2)
+        time.sleep(0.5)  # until they run the script
+        launcher.kill()
+    wait_until(lambda: processes_of(ranks) == [])

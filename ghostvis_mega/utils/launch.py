@@ -9,6 +9,7 @@ dump and then runs the script or module.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import random
@@ -31,6 +32,8 @@ EXIT_HANG = 70
 """Exit code of `launch_self` when time is up, as of a run that its watchdog ends."""
 _PORTS = (15000, 32000)
 """Below the range of ports that systems hand out by themselves."""
+_PR_SET_PDEATHSIG = 1
+"""Of <linux/prctl.h>."""
 _DUMP_GRACE_S = 1.0
 _POLL_S = 0.1
 _OUTPUT_CHARACTERS = 6000
@@ -180,6 +183,7 @@ def started_ranks(
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")])),
         "LAUNCH_FOLDER": str(folder),
         "LAUNCH_FUSE_S": str(fuse_s),
+        "LAUNCH_PID": str(os.getpid()),
     }
     processes: list[subprocess.Popen] = []
     try:
@@ -308,13 +312,27 @@ def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack{rank}.txt"
 
 
+def _die_with(launcher: int) -> None:
+    """Be killed when the process that launched this rank is gone, however it ended.
+
+    By PR_SET_PDEATHSIG of Linux's prctl(2).
+    """
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != launcher:
+        sys.exit(1)  # it went before the call
+
+
 def main() -> None:
     """One rank: be ready to tell where it hangs, then run the script or module."""
     target = sys.argv[1:]
+    _die_with(int(os.environ["LAUNCH_PID"]))
     with _stack_file(Path(os.environ["LAUNCH_FOLDER"]), int(os.environ["RANK"])).open("w") as stack:
         # SIGUSR1 asks a training run to save and to stop.
         faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
-        # Should the launching process be killed, no rank outlives it for long.
+        # For systems without Linux's signal, should the launching process be killed.
         faulthandler.dump_traceback_later(float(os.environ["LAUNCH_FUSE_S"]), exit=True)
         if target[0] == "-m":
             sys.argv = target[1:]
