@@ -14,7 +14,8 @@ STEP_TOKENS = 16 * 4096
 """Of one step, for each process."""
 TEXT_TOKENS = 8_000_000
 RECIPES = ("delayed", "tensorwise", "blockwise")
-FUSED = "train.fused_wgrad=true"
+FUSED = ("train.fused_wgrad=true", "train.fused_loss=true")
+"""What is off until it is asked for."""
 ROWS, NAIVE_ROWS = 192, 32
 """Samples with pictures of a step, for each process: about as many tokens as ours; the naive
 baseline would take minutes for those, and loses little by its more frequent updates."""
