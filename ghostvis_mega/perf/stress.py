@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.config.schema import RunConfig
-from ghostvis_mega.data.batch import GlobalBatch, SequenceMeta
+from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.step import StepInput, TrainEngine
+from ghostvis_mega.model.flops import BatchFlops
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.parallel.trace import CollectiveTrace, group_labels, trace_store
@@ -75,9 +76,9 @@ class Stream:
         """Of the feed that gave the last batch."""
         return self.current.corpus
 
-    def lengths(self, row: SequenceMeta) -> list[int]:
-        """Positions of each sample of a sequence of the last batch."""
-        return self.current.lengths(row)
+    def flops(self, batch: GlobalBatch) -> BatchFlops:
+        """Operations of the last batch."""
+        return self.current.flops(batch)
 
     def get(self, step: int) -> tuple[GlobalBatch, StepInput]:
         """The batch of a step."""
