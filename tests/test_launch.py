@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ghostvis_mega.utils import launch as launcher
 from ghostvis_mega.utils.launch import EXIT_HANG, launch_self
 from tests.launch import ROOT, RankError, RankHang, launch
 
@@ -95,3 +96,27 @@ def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
         time.sleep(0.5)  # until they run the script
         launcher.kill()
     wait_until(lambda: processes_of(ranks) == [])
+
+
+class Ending:
+    """A process that is seen to run `looks` times and has then ended with `code`."""
+
+    def __init__(self, code: int, *, looks: int):
+        self.code, self.looks = code, looks
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        if self.looks < 0:
+            self.returncode = self.code
+        return self.returncode
+
+
+@pytest.mark.parametrize("looks", range(8))
+def test_a_rank_that_fails_between_two_looks_is_noticed(
+    looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_POLL_S", 0.0)
+    with pytest.raises(RankError, match="rank 0 of 1 ended with 11"):
+        launcher._wait("x", [Ending(11, looks=looks)], tmp_path, 60.0)
+    launcher._wait("x", [Ending(0, looks=looks)], tmp_path, 60.0)

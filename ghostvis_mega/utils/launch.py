@@ -231,11 +231,16 @@ def free_port() -> int:
 def _wait(name: str, processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
     failed: list[int] = []
-    while not failed and any(process.poll() is None for process in processes):
-        if time.monotonic() > end:
-            raise RankHang(_describe_hang(name, processes, folder, timeout_s))
-        time.sleep(_POLL_S)
-        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    running = True
+    while running and not failed:
+        # One look at each rank: asked twice, a rank may fail in between and be seen by neither.
+        codes = [process.poll() for process in processes]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        running = None in codes
+        if running and not failed:
+            if time.monotonic() > end:
+                raise RankHang(_describe_hang(name, processes, folder, timeout_s))
+            time.sleep(_POLL_S)
     if failed:
         # More than one, where another lost its connection to the first: their order cannot be told.
         raise RankError(
