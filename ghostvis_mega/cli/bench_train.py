@@ -1,14 +1,14 @@
 """`ghostvis bench train`: training speed of our layouts beside peers, row by row."""
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from ghostvis_mega.cli.bench_train_tables import print_tables
 from ghostvis_mega.cli.output import (
     AsJson,
     print_rows,
@@ -19,13 +19,8 @@ from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.perf.train_bench.launches import Order, run_row
 from ghostvis_mega.perf.train_bench.plans import Plan
 from ghostvis_mega.perf.train_bench.presets import PRESETS, preset_plan
-from ghostvis_mega.perf.train_bench.results import (
-    CONVENTION,
-    RowResult,
-    ratio_figures,
-    row_figures,
-    row_values,
-)
+from ghostvis_mega.perf.train_bench.progress import Bench, Stopped, stopping
+from ghostvis_mega.perf.train_bench.results import failed, ratio_figures
 from ghostvis_mega.perf.train_bench.rows import (
     KINDS,
     Row,
@@ -35,9 +30,8 @@ from ghostvis_mega.perf.train_bench.rows import (
     peer_problems,
 )
 from ghostvis_mega.train.preflight import load_checked
-from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import ConfigError
-from ghostvis_mega.utils.figures import any_missed, measured
+from ghostvis_mega.utils.figures import any_missed
 from ghostvis_mega.utils.hardware import has_cuda_device
 from ghostvis_mega.utils.logging import setup_logging
 
@@ -57,11 +51,15 @@ Examples:
 \\b
 A row is NAME: followed by settings of the run file, by env.VARIABLE=value for its processes, and by
 peer=KIND where it is not ours: KIND is {", ".join(KINDS[1:])}.
+With may-not-fit it may run out of memory without being a failure. In a ratio "A | B" is the fastest
+of them.
 Presets: {", ".join(PRESETS)}.
-Exit code: 0 measured, 1 a row failed, a loss did not fall or a bar is missed, 2 wrong settings.
+Exit code: 0 measured, 1 a row failed, a loss did not fall or a bar is missed, 2 wrong settings,
+128 + n stopped by signal n.
 """
 
-_FIGURE_WIDTH, _ROW_WIDTH = 46, 14
+_SIGNALLED = 128
+"""Added to the number of a signal, as shells do."""
 _TARGET = ("-m", "ghostvis_mega.cli.bench_train_rank")
 
 
@@ -93,6 +91,9 @@ def bench_train(
     data: Annotated[
         Path | None, typer.Option(help="Folder to keep a preset's data in.", show_default=False)
     ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="JSON file, rewritten after each row.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check all rows, then run one after the other."""
@@ -110,25 +111,19 @@ def bench_train(
             runs = _load(
                 file, overrides or (), chosen, folder=folder, processes=processes, steps=total
             )
-        results = []
-        for number, (chosen_row, run) in enumerate(zip(chosen, runs, strict=True)):
-            log.info("row %d of %d: %s", number + 1, len(chosen), chosen_row.name)
-            order = Order(
-                row=chosen_row,
-                run=run,
-                warm_up=warm_up,
-                steps=steps,
-                folder=folder / f"row{number}",
-                trace=None if trace is None else trace.absolute(),
-            )
-            device = "cuda" if run.train.device != "cpu" and has_cuda_device() else "cpu"
-            result = run_row(
-                order, target=_TARGET, processes=processes, timeout_s=row_timeout, device=device
-            )
-            if result.failure:
-                log.error("%s: %s", chosen_row.name, result.failure)
-            results.append(result)
-    _conclude(plan, results, title=preset or str(config), as_json=as_json)
+            bench = Bench(title=preset or str(config), plan=plan, chosen=chosen, file=save)
+            bench.save()
+        number = _run_rows(
+            bench,
+            runs,
+            folder=folder,
+            processes=processes,
+            warm_up=warm_up,
+            steps=steps,
+            timeout_s=row_timeout,
+            trace=trace,
+        )
+    _conclude(bench, as_json=as_json, signal_number=number)
 
 
 def _plan(
@@ -203,70 +198,62 @@ def _load(
     return runs
 
 
-def _conclude(plan: Plan, results: Sequence[RowResult], *, title: str, as_json: bool) -> None:
-    """Print all figures, and end with 1 where a row failed or a bar is missed."""
-    rows = [figure for result in results for figure in row_figures(result, plan.bars)]
-    rows += ratio_figures(results, plan.ratios)
-    ran = next((result for result in results if not result.failure), None)
-    if ran is not None:
-        rows.append(measured("device", f"{ran.processes} x {ran.device}"))
-    rows += [measured(f"version of {name}", text) for name, text in package_versions().items()]
+def _run_rows(
+    bench: Bench,
+    runs: Sequence[RunConfig],
+    *,
+    folder: Path,
+    processes: int,
+    warm_up: int,
+    steps: int,
+    timeout_s: float,
+    trace: Path | None,
+) -> int:
+    """Run one row after the other, each told and kept as soon as it has ended.
+
+    Returns:
+        0, or the number of the signal that asked to stop; the row that ran is then a failed one.
+    """
+    try:
+        with stopping():
+            for number, (row, run) in enumerate(zip(bench.chosen, runs, strict=True)):
+                log.info("row %d of %d: %s", number + 1, len(bench.chosen), row.name)
+                order = Order(
+                    row=row,
+                    run=run,
+                    warm_up=warm_up,
+                    steps=steps,
+                    folder=folder / f"row{number}",
+                    trace=None if trace is None else trace.absolute(),
+                )
+                device = "cuda" if run.train.device != "cpu" and has_cuda_device() else "cpu"
+                began = time.monotonic()
+                result = run_row(
+                    order, target=_TARGET, processes=processes, timeout_s=timeout_s, device=device
+                )
+                log.info("%s: took %.0f s in all", row.name, time.monotonic() - began)
+                bench.add(result)
+    except Stopped as stop:
+        log.error("%s", stop)
+        if len(bench.results) < len(bench.chosen):
+            bench.add(failed(bench.chosen[len(bench.results)], str(stop)))
+        return stop.number
+    return 0
+
+
+def _conclude(bench: Bench, *, as_json: bool, signal_number: int) -> None:
+    """Print all figures; end with 1 where a row failed or a bar is missed, and as a signal ends a
+    process where one asked to stop."""
+    rows, results = bench.figures(), bench.results
     if as_json:
-        print_rows(rows, title=title, as_json=True)
+        print_rows(rows, title=bench.title, as_json=True)
     else:
-        _print_tables(plan, results, title=title)
-        compared = ratio_figures(results, plan.ratios)
+        print_tables(results, bars=bench.bars(), title=bench.title)
+        compared = ratio_figures(results, bench.plan.ratios)
         promised = [row for row in rows if row["bar"] is not None and row not in compared]
         if compared or promised:
             print_rows([*compared, *promised], title="compared and promised", as_json=False)
+    if signal_number:
+        raise typer.Exit(_SIGNALLED + signal_number)
     if any_missed(rows):
         raise typer.Exit(1)
-
-
-def _print_tables(plan: Plan, results: Sequence[RowResult], *, title: str) -> None:
-    """Figures down, rows of the benchmark across; then what is compared and promised."""
-    ran = [result for result in results if not result.failure]
-    values = {result.name: row_values(result) for result in ran}
-    console = Console()
-    # Where nobody has set a width, as in a log, a column a row must still be readable.
-    console.width = max(console.width, _FIGURE_WIDTH + _ROW_WIDTH * len(values))
-    missed = {
-        figure["name"]
-        for result in ran
-        for figure in row_figures(result, plan.bars)
-        if figure["ok"] is False
-    }
-    table = Table(title=f"{title}: medians over the timed steps; ! misses its bar")
-    for heading in ("figure", "unit", *values):
-        side = "left" if heading in ("figure", "unit") else "right"
-        table.add_column(heading, justify=side, overflow="fold")
-    units = {name: unit for found in values.values() for name, (_, unit) in found.items()}
-    for name, unit in units.items():
-        cells = []
-        for row, found in values.items():
-            value = found.get(name, (None, ""))[0]
-            mark = " !" if f"{row}: {name}" in missed else ""
-            cells.append("" if value is None else f"{value:.4g}{mark}")
-        table.add_row(name, unit, *cells)
-    if ran:
-        console.print(table)
-    for result in results:
-        told = "; ".join(f"{name}: {text}" for name, text in result.description.items())
-        console.print(f"{result.name}: {result.failure or told}", highlight=False, markup=False)
-    _print_traces(console, ran)
-    versions = ", ".join(f"{name} {text}" for name, text in package_versions().items())
-    if ran:
-        console.print(f"{ran[0].processes} x {ran[0].device}; {versions}", highlight=False)
-    console.print(CONVENTION, highlight=False)
-
-
-def _print_traces(console: Console, results: Sequence[RowResult]) -> None:
-    traced = [result for result in results if result.trace]
-    for result in traced:
-        table = Table(title=f"{result.name}: one step under the profiler")
-        table.add_column("what", overflow="fold")
-        table.add_column("value", justify="right")
-        table.add_column("unit")
-        for entry in result.trace:
-            table.add_row(entry["name"], f"{entry['value']:.3g}", entry["unit"])
-        console.print(table)

@@ -1,6 +1,7 @@
 """One rank of one row: build what trains, time it, and write down what came out."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -12,9 +13,10 @@ from ghostvis_mega.perf.train_bench.ours import OurTrainer
 from ghostvis_mega.perf.train_bench.results import RowResult
 from ghostvis_mega.perf.train_bench.rows import OURS
 from ghostvis_mega.perf.train_bench.trace import traced_step
-from ghostvis_mega.perf.train_bench.trainer import Trainer, measure
+from ghostvis_mega.perf.train_bench.trainer import Trainer, measure, synchronize
 from ghostvis_mega.train.watchdog import Watchdog
 from ghostvis_mega.utils.hardware import cpu_name
+from ghostvis_mega.utils.processes import process_started
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,13 @@ def build_trainer(
 def execute(order: Order, groups: Groups, *, device: torch.device, watchdog: Watchdog) -> None:
     """Time the row of `order`; collective. The first rank writes the result."""
     alive: Callable[[str], None] = watchdog.alive
-    alive(f"building {order.row.name}")
+    name = order.row.name
+    log.info("%s: libraries and process group up in %.1f s", name, time.time() - process_started())
+    alive(f"building {name}")
+    began = time.perf_counter()
     trainer = build_trainer(order.row.kind, order.run, groups, device=device, watchdog=watchdog)
+    synchronize(device)
+    log.info("%s: built in %.1f s", name, time.perf_counter() - began)
     steps = order.warm_up + order.steps
     measurement = measure(trainer, steps=steps, device=device, progress=alive)
     trace = []
@@ -56,8 +63,13 @@ def execute(order: Order, groups: Groups, *, device: torch.device, watchdog: Wat
     if groups.rank != 0:
         return
     on_gpu = device.type == "cuda"
+    description = dict(trainer.description)
+    if on_gpu:
+        # Each freed what was cached and asked the driver anew, which stops the GPU.
+        retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+        description["allocator retries"] = str(retries)
     result = RowResult(
-        name=order.row.name,
+        name=name,
         kind=order.row.kind,
         processes=len(groups.places),
         warm_up=order.warm_up,
@@ -67,8 +79,8 @@ def execute(order: Order, groups: Groups, *, device: torch.device, watchdog: Wat
         device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         on_gpu=on_gpu,
         fp8=order.run.train.fp8 != "none",
-        description=trainer.description,
+        description=description,
         trace=trace,
     )
     result.write(order.result)
-    log.info("%s: measured", order.row.name)
+    log.info("%s: measured", name)

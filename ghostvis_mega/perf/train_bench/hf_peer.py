@@ -1,6 +1,8 @@
 """The transformers peer: its model under DeepSpeed ZeRO, as Hugging Face's trainer would run it."""
 
 import json
+import logging
+import time
 
 import deepspeed
 import torch
@@ -11,6 +13,8 @@ from ghostvis_mega.engine.optimizer import build_adamw
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.perf.train_bench.peer import PeerStep, PeerTrainer
 from ghostvis_mega.perf.train_bench.plain_vlm import PlainVLM, plain_input
+
+log = logging.getLogger(__name__)
 
 _NEVER = 10**9
 
@@ -31,10 +35,12 @@ class HFTrainer(PeerTrainer):
 
     def __init__(self, run: RunConfig, groups: Groups, *, device: torch.device, liger: bool):
         super().__init__(run, groups, device=device)
+        began = time.perf_counter()
         if liger:
             from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
             apply_liger_kernel_to_qwen2()
+            began = self._tell("Liger imported", began)
         bf16 = run.train.precision == "bf16"
         model = PlainVLM(
             run,
@@ -45,6 +51,7 @@ class HFTrainer(PeerTrainer):
         if run.train.recompute == "full":
             model.llm.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+        began = self._tell("model built", began)
         stage = zero_stage(run, world_size=len(groups.places))
         optimizer = build_adamw(model.adamw_groups(run), run.optim, device=device)
         micro_batches = run.batch.global_size // run.batch.micro_size // groups.degrees.data
@@ -63,6 +70,7 @@ class HFTrainer(PeerTrainer):
                 "steps_per_print": _NEVER,
             },
         )
+        self._tell("DeepSpeed started", began)
         self.description = {
             "model": "transformers Qwen2ForCausalLM, SDPA" + (", Liger" if liger else ""),
             "layout": f"{len(groups.places)} x ZeRO-{stage}, {micro_batches} micro-batches of "
@@ -70,6 +78,14 @@ class HFTrainer(PeerTrainer):
             "optimizer": type(optimizer).__name__,
             "recompute": run.train.recompute,
         }
+
+    def _tell(self, what: str, began: float) -> float:
+        """Log how long a part of the start took; returns when the next one begins."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        log.info("%s in %.1f s", what, now - began)
+        return now
 
     def train(self, work: PeerStep) -> torch.Tensor:
         """All micro-batches; DeepSpeed divides each loss by their number."""

@@ -10,6 +10,8 @@ from ghostvis_mega.utils.launch import PACKAGES
 DEEPSPEED = PACKAGES / "ds_configs"
 MICRO_TOKENS = 8192
 """Of one micro-batch, ours and peers'."""
+LARGE_TOKENS = 2 * MICRO_TOKENS
+"""Of one where memory allows it."""
 STEP_TOKENS = 16 * 4096
 """Of one step, for each process."""
 TEXT_TOKENS = 8_000_000

@@ -2,7 +2,8 @@
 
 Text rows compare equal work: a sequence is one sample of random tokens, ours packs as many of them
 into a micro-batch as a peer puts rows into its own. A step has 16 sequences of 4096 tokens for each
-process, or as many tokens in longer ones.
+process, or as many tokens in longer ones. Rows with twice the tokens in a micro-batch may not fit
+into the memory of a GPU.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from ghostvis_mega.perf.train_bench.plans import PictureNeed, Plan, TextNeed
 from ghostvis_mega.perf.train_bench.preset_parts import (
     DEEPSPEED,
     FUSED,
+    LARGE_TOKENS,
     MICRO_TOKENS,
     NAIVE_LENGTH,
     NAIVE_ROWS,
@@ -27,7 +29,7 @@ from ghostvis_mega.perf.train_bench.preset_parts import (
     rows_of_one,
 )
 from ghostvis_mega.perf.train_bench.results import DATA_WAIT, TFLOPS
-from ghostvis_mega.perf.train_bench.rows import Bar, Ratio, Row
+from ghostvis_mega.perf.train_bench.rows import ALTERNATIVES, OURS, Bar, Ratio, Row
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.hardware import has_cuda_device
 
@@ -78,42 +80,75 @@ def _fitting(length: int) -> int:
 
 
 def _text(size: Size, processes: int, length: int, data: Path) -> Plan:
-    """Our text rows beside all peers'."""
+    """Our text rows beside all peers', each also with twice the tokens in a micro-batch."""
     length = _fitting(length)
     rows_each = MICRO_TOKENS // length
     count = STEP_TOKENS * processes // length
     need = _text_need(size, length, data)
     tensor = f"parallel.tensor={size.tensor}"
-    ours = pack_settings(count // rows_each, MICRO_TOKENS, need.path, tensor)
-    megatron = rows_of_one(count, length, rows_each, need.path, tensor)
-    hf = rows_of_one(
-        count,
-        length,
-        2 * rows_each,
-        need.path,
-        f"deepspeed.llm={DEEPSPEED / size.zero}",
-        f"train.recompute={size.recompute}",
+    ours, large = (
+        pack_settings(STEP_TOKENS * processes // tokens, tokens, need.path, tensor)
+        for tokens in (MICRO_TOKENS, LARGE_TOKENS)
     )
+    megatron, megatron_large = (
+        rows_of_one(count, length, rows, need.path, tensor) for rows in (rows_each, 2 * rows_each)
+    )
+    hf, hf_large = (
+        rows_of_one(
+            count,
+            length,
+            rows,
+            need.path,
+            f"deepspeed.llm={DEEPSPEED / size.zero}",
+            f"train.recompute={size.recompute}",
+        )
+        for rows in (rows_each, 2 * rows_each)
+    )
+    fp8, fused_megatron = "train.fp8=delayed", "megatron+fused-wgrad"
     hf_name = f"HF + DeepSpeed {size.zero.partition('.')[0]}"
     rows = (
         Row("ours", settings=ours),
         Row("ours fused", settings=(*ours, *FUSED)),
-        Row("ours FP8", settings=(*ours, *FUSED, "train.fp8=delayed")),
+        Row("ours fused 16k", settings=(*large, *FUSED), may_not_fit=True),
+        Row("ours FP8", settings=(*ours, *FUSED, fp8)),
+        Row("ours FP8 16k", settings=(*large, *FUSED, fp8), may_not_fit=True),
         Row("Megatron-Core", "megatron", megatron),
-        Row("Megatron-Core fused wgrad", "megatron+fused-wgrad", megatron),
+        Row("Megatron-Core fused wgrad", fused_megatron, megatron),
+        Row("Megatron-Core mbs x2", fused_megatron, megatron_large, may_not_fit=True),
+        Row("Megatron-Core FP8", fused_megatron, (*megatron, fp8)),
         Row(hf_name, hf_kind(), hf),
+        Row(f"{hf_name} mbs x2", hf_kind(), hf_large, may_not_fit=True),
     )
-    peers = ("Megatron-Core", "Megatron-Core fused wgrad", hf_name)
     return Plan(
         settings=base_settings(size.text),
         rows=rows,
-        ratios=(
-            *(Ratio("ours", peer) for peer in peers),
-            *(Ratio("ours fused", peer, 1.10) for peer in peers),
-            Ratio("ours FP8", "ours fused", size.fp8),
-        ),
-        bars=(Bar("ours fused", TFLOPS, least=size.tflops),),
+        ratios=_text_ratios(rows, fp8_least=size.fp8),
+        bars=(Bar(_joined(rows, ours=True, fp8=False), TFLOPS, least=size.tflops),),
         data=(need,),
+    )
+
+
+def _joined(rows: tuple[Row, ...], *, ours: bool, fp8: bool) -> str:
+    """Names of our rows or all peers', those in FP8 or those in BF16."""
+    return ALTERNATIVES.join(
+        row.name
+        for row in rows
+        if (row.kind == OURS) == ours
+        and any(setting.startswith("train.fp8=") for setting in row.settings) == fp8
+    )
+
+
+def _text_ratios(rows: tuple[Row, ...], *, fp8_least: float) -> tuple[Ratio, ...]:
+    """What is promised is the best of ours over the best of all peers, whoever that is."""
+    ours, peers = (_joined(rows, ours=mine, fp8=False) for mine in (True, False))
+    ours_fp8, peers_fp8 = (_joined(rows, ours=mine, fp8=True) for mine in (True, False))
+    return (
+        Ratio(ours, peers, 1.10, label="best of ours in BF16 / best of peers in BF16"),
+        Ratio(ours_fp8, ours, fp8_least, label="best of ours in FP8 / best of ours in BF16"),
+        Ratio(ours_fp8, peers_fp8, label="best of ours in FP8 / Megatron-Core FP8"),
+        Ratio("ours", "Megatron-Core"),
+        Ratio("ours fused", "Megatron-Core fused wgrad"),
+        Ratio("ours fused 16k", "Megatron-Core mbs x2"),
     )
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ghostvis_mega.perf.train_bench.rows import Bar, Ratio, Row
+from ghostvis_mega.perf.train_bench.rows import ALTERNATIVES, Bar, Ratio, Row
 from ghostvis_mega.utils.figures import Figure, at_least, at_most, measured
 from ghostvis_mega.utils.hardware import device_peak
 
@@ -25,6 +26,7 @@ TFLOPS, TFLOPS_LLM, TFLOPS_VISION = "model FLOPs", "model FLOPs, LLM", "model FL
 MFU, MFU_FP8 = "MFU of the BF16 peak", "MFU of the FP8 peak"
 ALLOCATED, RESERVED = "peak allocated", "peak reserved"
 DATA_WAIT, IMBALANCE = "data wait", "vision imbalance"
+_NO_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 LOSS_FIRST, LOSS_LAST = "loss of the first step", "loss of the last step"
 
 
@@ -71,6 +73,13 @@ class RowResult:
     trace: list[dict[str, Any]] = field(default_factory=list)
     """Figures of the traced step."""
     failure: str = ""
+    may_not_fit: bool = False
+    """Running out of memory is no failure of the benchmark."""
+
+    @property
+    def excused(self) -> bool:
+        """It failed as it may: for want of memory."""
+        return self.may_not_fit and bool(_NO_MEMORY.search(self.failure))
 
     @property
     def timed(self) -> list[StepRecord]:
@@ -91,7 +100,7 @@ class RowResult:
 
 def failed(row: Row, reason: str) -> RowResult:
     """A row that did not run to its end."""
-    return RowResult(name=row.name, kind=row.kind, failure=reason)
+    return RowResult(name=row.name, kind=row.kind, failure=reason, may_not_fit=row.may_not_fit)
 
 
 def row_values(result: RowResult) -> dict[str, tuple[float | None, str]]:
@@ -142,6 +151,8 @@ def row_figures(result: RowResult, bars: Sequence[Bar] = ()) -> list[Figure]:
     """Rows of name, value, unit, bar and ok. A loss that did not fall is a miss: what does not
     train is no comparison."""
     if result.failure:
+        if result.excused:
+            return [measured(f"{result.name}: does not fit", result.failure)]
         return [measured(f"{result.name}: failed", result.failure, ok=False)]
     promised = {bar.figure: bar for bar in bars if bar.row == result.name}
     figures = []
@@ -162,25 +173,49 @@ def row_figures(result: RowResult, bars: Sequence[Bar] = ()) -> list[Figure]:
     ]
 
 
-def ratio_figures(results: Sequence[RowResult], ratios: Sequence[Ratio]) -> list[Figure]:
-    """Two figures a ratio: by achieved TFLOP/s, which the bar is for, and by useful tokens/s.
+def fastest(results: Iterable[RowResult]) -> RowResult | None:
+    """The one with the most achieved TFLOP/s of a device; None if none ran."""
+    ran = (result for result in results if not result.failure)
+    return max(ran, key=lambda result: row_values(result)[TFLOPS][0] or 0.0, default=None)
 
-    A ratio of a row that was not asked for is left out; one of a row that failed cannot be had and
-    misses its bar.
+
+def settled_bars(bars: Iterable[Bar], results: Sequence[RowResult]) -> list[Bar]:
+    """Bars with one name each: of several, that of the fastest so far."""
+    settled = []
+    for bar in bars:
+        names = bar.row.split(ALTERNATIVES)
+        best = fastest(result for result in results if result.name in names)
+        settled.append(bar if best is None else dataclasses.replace(bar, row=best.name))
+    return settled
+
+
+def ratio_figures(results: Sequence[RowResult], ratios: Sequence[Ratio]) -> list[Figure]:
+    """Two figures a ratio: by achieved TFLOP/s, which the bar is for, and by useful tokens/s; where
+    the fastest of several counts, also which rows these are.
+
+    A ratio of rows of which none was asked for is left out; one with a side on which none ran
+    cannot be had and misses its bar. A promise to be ahead of several is judged only where all of
+    them were asked for: one that was left out might be the fastest.
     """
     by_name = {result.name: result for result in results}
     figures = []
     for ratio in ratios:
-        pair = [by_name.get(name) for name in (ratio.row, ratio.over)]
-        if None in pair:
+        sides = [
+            [by_name[name] for name in names if name in by_name]
+            for names in (ratio.rows, ratio.overs)
+        ]
+        if not all(sides):
             continue
-        name = f"{ratio.row} / {ratio.over}"
-        if any(result.failure for result in pair):
-            bad = None if ratio.least is None else False
-            figures.append(measured(f"{name}, {TFLOPS}", None, "x", bar=ratio.least, ok=bad))
+        least = ratio.least if len(sides[1]) == len(ratio.overs) else None
+        ours, theirs = (fastest(side) for side in sides)
+        if ours is None or theirs is None:
+            bad = None if least is None else False
+            figures.append(measured(f"{ratio.name}, {TFLOPS}", None, "x", bar=least, ok=bad))
             continue
-        ours, theirs = (row_values(result) for result in pair)
-        by_flops = ours[TFLOPS][0] / theirs[TFLOPS][0]
-        figures.append(at_least(f"{name}, {TFLOPS}", by_flops, "x", ratio.least))
-        figures.append(measured(f"{name}, {TOKENS}", ours[TOKENS][0] / theirs[TOKENS][0], "x"))
+        mine, other = row_values(ours), row_values(theirs)
+        by_flops = mine[TFLOPS][0] / other[TFLOPS][0]
+        figures.append(at_least(f"{ratio.name}, {TFLOPS}", by_flops, "x", least))
+        figures.append(measured(f"{ratio.name}, {TOKENS}", mine[TOKENS][0] / other[TOKENS][0], "x"))
+        if ALTERNATIVES in ratio.row + ratio.over:
+            figures.append(measured(f"{ratio.name}, rows", f"{ours.name} / {theirs.name}"))
     return figures

@@ -12,6 +12,9 @@ OURS = "ours"
 KINDS = (OURS, "megatron", "megatron+fused-wgrad", "hf", "hf+liger", "naive")
 """This project; Megatron-Core's GPTModel with its distributed optimizer; transformers' Qwen2 under
 DeepSpeed; and plain eager PyTorch."""
+ALTERNATIVES = " | "
+"""Between names of which the fastest counts."""
+_MAY_NOT_FIT = "may-not-fit"
 _RATIO = re.compile(r"(?P<row>.+?) / (?P<over>.+?)(?:\s*>=\s*(?P<least>[0-9.]+))?")
 
 
@@ -25,22 +28,44 @@ class Row:
     """`section.key=value` on top of those that all rows share."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables of its processes."""
+    may_not_fit: bool = False
+    """It is tried: to run out of memory is an answer, not a failure of the benchmark."""
 
 
 @dataclass(frozen=True)
 class Ratio:
     """Speed of a row over that of another: achieved TFLOP/s of a device, so that a model with
-    pictures may be compared with one without."""
+    pictures may be compared with one without.
+
+    Either may be several names, as in `a | b`: the fastest of them that ran.
+    """
 
     row: str
     over: str
     least: float | None = None
     """The promised figure."""
+    label: str = ""
+    """Instead of the names, where they are many."""
+
+    @property
+    def rows(self) -> list[str]:
+        """The names on the left."""
+        return self.row.split(ALTERNATIVES)
+
+    @property
+    def overs(self) -> list[str]:
+        """The names on the right."""
+        return self.over.split(ALTERNATIVES)
+
+    @property
+    def name(self) -> str:
+        """What figures call it."""
+        return self.label or f"{self.row} / {self.over}"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise about one figure of one row."""
+    """A promise about one figure of one row, or of the fastest of several (`a | b`)."""
 
     row: str
     figure: str
@@ -49,7 +74,8 @@ class Bar:
 
 
 def parse_row(text: str) -> Row:
-    """Read "NAME: peer=KIND env.VARIABLE=value section.key=value ..."; without `peer` it is ours.
+    """Read "NAME: peer=KIND env.VARIABLE=value may-not-fit section.key=value ..."; without `peer`
+    it is ours.
 
     Raises:
         ConfigError: It has no name, or the kind is unknown, or a variable has no value.
@@ -58,6 +84,8 @@ def parse_row(text: str) -> Row:
     name = name.strip()
     if not colon or not name:
         raise ConfigError([f'--row {text!r} has no name. Write "NAME: section.key=value ...".'])
+    if ALTERNATIVES in name:
+        raise ConfigError([f"--row {name!r} holds {ALTERNATIVES!r}, which joins names. Drop it."])
     words = rest.split()
     kinds = [word.removeprefix("peer=") for word in words if word.startswith("peer=")]
     if len(kinds) > 1:
@@ -65,16 +93,19 @@ def parse_row(text: str) -> Row:
     kind = kinds[0] if kinds else OURS
     if kind not in KINDS:
         raise ConfigError([f"--row {text!r}: peer={kind} is unknown. Use {', '.join(KINDS)}."])
-    settings = tuple(word for word in words if not word.startswith(("peer=", "env.")))
+    settings = tuple(
+        word for word in words if not word.startswith(("peer=", "env.")) and word != _MAY_NOT_FIT
+    )
     variables = [word.removeprefix("env.").partition("=") for word in words if word[:4] == "env."]
     wrong = [variable for variable, equals, _ in variables if not (equals and variable)]
     if wrong:
         raise ConfigError([f"--row {text!r}: env.{wrong[0]} has no value. Write env.NAME=value."])
-    return Row(name, kind, settings, tuple((variable, value) for variable, _, value in variables))
+    environment = tuple((variable, value) for variable, _, value in variables)
+    return Row(name, kind, settings, environment, may_not_fit=_MAY_NOT_FIT in words)
 
 
 def parse_ratio(text: str) -> Ratio:
-    """Read "ROW / ROW" or "ROW / ROW >= 1.1".
+    """Read "ROW / ROW" or "ROW / ROW >= 1.1"; either ROW may be "ROW | ROW".
 
     Raises:
         ConfigError: It reads otherwise.
@@ -106,8 +137,8 @@ def choose_rows(rows: Iterable[Row], ratios: Iterable[Ratio], only: Iterable[str
     problems += [f"--only {n!r} is no row. Use {known}." for n in only if n not in names]
     for ratio in ratios:
         problems += [
-            f"the ratio {ratio.row} / {ratio.over} names {name!r}, which is no row. Use {known}."
-            for name in (ratio.row, ratio.over)
+            f"the ratio {ratio.name} names {name!r}, which is no row. Use {known}."
+            for name in (*ratio.rows, *ratio.overs)
             if name not in names
         ]
     if not rows:

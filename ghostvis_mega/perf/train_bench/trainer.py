@@ -1,6 +1,7 @@
 """The loop that times a row, whatever trains in it."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ghostvis_mega.perf.train_bench.results import StepRecord
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(Protocol):
@@ -66,6 +69,8 @@ def measure(
         synchronize(device)
         ended = time.perf_counter()
         records.append(dataclasses.replace(record, seconds=ended - began))
+        if step == 0:
+            log.info("first step: %.1f s, loss %.3f", records[0].seconds, records[0].loss)
         began = ended
     memory = (0, 0)
     if device.type == "cuda":

@@ -1,6 +1,8 @@
 """The command: nothing starts with a wrong setting; what ran is a table or JSON."""
 
 import json
+import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,15 @@ class Launches:
         self.orders: list[Order] = []
         self.broken = ""
         self.seconds: dict[str, float] = {}
+        self.signals: dict[str, signal.Signals] = {}
+        """Sent while the row runs."""
 
     def __call__(self, order: Order, **_: Any) -> RowResult:
         self.orders.append(order)
         if order.row.name == self.broken:
             return failed(order.row, "OutOfMemoryError: CUDA out of memory.")
+        if order.row.name in self.signals:
+            signal.raise_signal(self.signals[order.row.name])
         seconds = self.seconds.get(order.row.name, 1.0)
         steps = [
             StepRecord(9.0 - n, 100, 99, 0, 1e12, 0.0, 0.0, {}, seconds)
@@ -129,6 +135,66 @@ def test_the_table_names_misses_and_failures(launches: Launches, tmp_path: Path)
     assert "naive: OutOfMemoryError: CUDA out of memory." in told
     assert "causal attention halved" in told
     assert "torch 2" in told
+
+
+def test_a_row_that_may_not_fit_is_no_failure(launches: Launches, tmp_path: Path) -> None:
+    only = ("--only", "ours", "--only", "big", "--data", str(tmp_path / "data"))
+    launches.broken = "big"
+    for words, code in (("may-not-fit", 0), ("", 1)):
+        row = f"big: peer=naive {words} data.packing=false data.train={tmp_path}/data"
+        row += "/text-128-64.gvd model.vision=null model.connector=null data.seq_length=128"
+        result = call("--preset", "tiny", *only, "--row", row)
+        assert result.exit_code == code, result.output
+        assert "big: OutOfMemoryError: CUDA out of memory." in " ".join(result.output.split())
+
+
+def test_each_row_is_told_and_saved_as_soon_as_it_has_ended(
+    launches: Launches, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    file, seen = tmp_path / "kept" / "result.json", []
+
+    def looking(order: Order, **kept: Any) -> RowResult:
+        saved = json.loads(file.read_text())
+        told = [r.getMessage() for r in caplog.records if "useful tokens" in r.getMessage()]
+        seen.append(([row["name"] for row in saved["rows"]], told))
+        return launches(order, **kept)
+
+    monkeypatch.setattr(command, "run_row", looking)
+    with caplog.at_level(logging.INFO):
+        code, _ = run_tiny(tmp_path, "--save", str(file))
+    assert code == 0
+    (before, nothing), (between, (line,)) = seen
+    assert (before, nothing, between) == ([], [], ["ours"])
+    assert line.startswith("ours: useful tokens 100 /s/GPU, model FLOPs 1 TFLOP/s/GPU")
+    saved = json.loads(file.read_text())
+    assert [row["name"] for row in saved["rows"]] == ["ours", "naive"]
+    assert saved["rows"][0]["steps"][2]["loss"] == 7.0
+    assert "ours / naive, model FLOPs" in {figure["name"] for figure in saved["figures"]}
+    assert [path.name for path in file.parent.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_what_is_there(
+    launches: Launches, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    launches.signals = {"naive": number}
+    before = signal.getsignal(number)
+    ended, rows = run_tiny(tmp_path, "--save", str(tmp_path / "result.json"))
+    assert ended == code
+    assert rows["ours: step, median"]["value"] == 1.0
+    assert rows["naive: failed"]["value"] == f"stopped by {number.name}"
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert [row["failure"] for row in saved["rows"]] == ["", f"stopped by {number.name}"]
+    assert signal.getsignal(number) is before
+    launches.signals = {}
+    assert run_tiny(tmp_path)[0] == 0, "without a signal the same call ends well"
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(launches: Launches, tmp_path) -> None:
+    result = call("--preset", "tiny", "--data", str(tmp_path / "data"), "--save", str(tmp_path))
+    assert result.exit_code == 2
+    assert "is a directory: give the name of a file" in " ".join(result.output.split())
+    assert launches.orders == []
 
 
 def test_a_row_really_runs(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """A row that hangs is killed and named; one that fails says why; the others go on."""
 
 import dataclasses
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 from ghostvis_mega.config.load import load_run_config
 from ghostvis_mega.perf.train_bench.launches import Order, run_row
+from ghostvis_mega.perf.train_bench.progress import Stopped, stopping
 from ghostvis_mega.perf.train_bench.rows import Row
 
 SCRIPT = """
@@ -60,6 +64,26 @@ def test_a_row_that_hangs_is_killed_whole_and_named(script: Path, tmp_path: Path
     for rank in (0, 1):
         pid = (tmp_path / "hangs" / f"pid{rank}").read_text()
         assert not Path("/proc", pid).exists(), "no rank may hold its GPU any longer"
+
+
+@pytest.mark.world_size(2)
+def test_a_signal_ends_the_ranks_of_the_row_that_runs(script: Path, tmp_path: Path) -> None:
+    pids = [tmp_path / "hangs" / f"pid{rank}" for rank in (0, 1)]
+    alive = []
+
+    def interrupt() -> None:
+        while not all(pid.exists() and pid.read_text() for pid in pids):
+            time.sleep(0.05)
+        alive.extend(Path("/proc", pid.read_text()).exists() for pid in pids)
+        # The second one comes while ranks are being killed.
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stopping():
+        start("hangs", script, tmp_path)
+    assert alive == [True, True]
+    assert not any(Path("/proc", pid.read_text()).exists() for pid in pids)
 
 
 @pytest.mark.world_size(2)

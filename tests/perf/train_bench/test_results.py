@@ -1,9 +1,11 @@
 """Figures follow from known steps; a broken comparison is red."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
+from ghostvis_mega.perf.train_bench.progress import summary_lines
 from ghostvis_mega.perf.train_bench.results import (
     DATA_WAIT,
     LOSS_LAST,
@@ -21,6 +23,7 @@ from ghostvis_mega.perf.train_bench.results import (
     ratio_figures,
     row_figures,
     row_values,
+    settled_bars,
 )
 from ghostvis_mega.perf.train_bench.rows import Bar, Ratio, Row
 
@@ -68,8 +71,6 @@ def test_a_rate_is_the_median_of_each_steps_own() -> None:
 
 
 def test_mfu_is_of_the_devices_own_peak() -> None:
-    import dataclasses
-
     found = result(9.0, 2.0)
     assert MFU not in row_values(found)
     h100 = dataclasses.replace(found, device="NVIDIA H100 80GB HBM3", on_gpu=True, fp8=True)
@@ -108,6 +109,61 @@ def test_a_ratio_that_cannot_be_had_misses_its_bar() -> None:
     assert ratio_figures([vlm], [Ratio("VLM", "text", 0.95)]) == []  # --only VLM
     assert row_figures(broken)[0]["ok"] is False
     assert "out of memory" in row_figures(broken)[0]["value"]
+
+
+def best(*over: str) -> Ratio:
+    return Ratio("a | b", " | ".join(over), 1.1, label="ours / peers")
+
+
+def test_the_best_of_several_is_compared_with_the_best_of_several() -> None:
+    found = [result(9.0, s, name=n) for n, s in (("a", 4.0), ("b", 2.0), ("c", 8.0), ("d", 3.0))]
+    by_flops, by_tokens, rows = ratio_figures(found, [best("c", "d")])
+    assert by_flops["name"] == "ours / peers, model FLOPs"
+    assert by_flops["value"] == pytest.approx(1.5) == by_tokens["value"]
+    assert (by_flops["ok"], rows["value"]) == (True, "b / d")
+    slower = [result(9.0, 2.9, name="d") if r.name == "d" else r for r in found[:1] + found[2:]]
+    assert ratio_figures(slower, [best("c", "d")])[0]["ok"] is False
+
+
+def test_a_promise_over_several_is_judged_where_all_were_asked_for() -> None:
+    found = [result(9.0, s, name=n) for n, s in (("a", 2.0), ("c", 8.0))]
+    (by_flops, *_) = ratio_figures(found, [best("c", "d")])
+    assert (by_flops["value"], by_flops["bar"], by_flops["ok"]) == (pytest.approx(4.0), None, None)
+    # One that does not fit has had its chance.
+    tried = failed(Row("d", may_not_fit=True), "OutOfMemoryError: CUDA out of memory.")
+    assert ratio_figures([*found, tried], [best("c", "d")])[0]["ok"] is True
+    nobody = [found[0], tried, dataclasses.replace(tried, name="c")]
+    assert ratio_figures(nobody, [best("c", "d")])[0]["ok"] is False
+
+
+def test_only_want_of_memory_is_excused() -> None:
+    for reason, excused in (("OutOfMemoryError: CUDA out of memory.", True), ("no NCCL", False)):
+        for may in (True, False):
+            found = failed(Row("a", may_not_fit=may), reason)
+            (figure,) = row_figures(found)
+            assert figure["ok"] is (None if excused and may else False)
+            assert reason in summary_lines(found)[0]
+
+
+def test_a_bar_of_several_is_for_the_fastest() -> None:
+    found = [result(9.0, s, name=n) for n, s in (("a", 4.0), ("b", 2.0))]
+    (bar,) = settled_bars([Bar("a | b", TFLOPS, least=1.5)], found)
+    assert (bar.row, bar.least) == ("b", 1.5)
+    assert settled_bars([Bar("a | b", TFLOPS)], found[:1])[0].row == "a"
+
+
+def test_a_row_is_told_in_few_lines() -> None:
+    found = dataclasses.replace(
+        result(9.0, 4.0, 2.0),
+        allocated_bytes=3 << 30,
+        trace=[{"name": "GEMM", "value": 51.23, "unit": "%"}],
+    )
+    told = "\n".join(summary_lines(found))
+    assert len(summary_lines(found)) == 4
+    for part in ("useful tokens 375 /s/GPU", "step, slowest 4 s", "peak allocated 3 GiB"):
+        assert part in told
+    assert "loss of the last step 7 nats" in told
+    assert "GEMM 51.2 %" in told
 
 
 @pytest.mark.parametrize(("losses", "ok"), [((2.0, 1.0), True), ((1.0, 1.0), False)])

@@ -31,6 +31,9 @@ def test_a_row_may_have_variables() -> None:
     row = parse_row("a: env.NVTE_FLASH_ATTN=0 train.fp8=delayed env.EMPTY=")
     assert row.environment == (("NVTE_FLASH_ATTN", "0"), ("EMPTY", ""))
     assert row.settings == ("train.fp8=delayed",)
+    assert parse_row("a: may-not-fit train.fp8=delayed") == Row(
+        "a", settings=("train.fp8=delayed",), may_not_fit=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,7 @@ def test_a_row_may_have_variables() -> None:
         ("x: env.NVTE_FLASH_ATTN", "env.NVTE_FLASH_ATTN has no value"),
         ("train.steps=3", "has no name"),
         (": peer=hf", "has no name"),
+        ("a | b: peer=hf", "joins names"),
         ("x: peer=fsdp", "peer=fsdp is unknown. Use ours, megatron"),
         ("x: peer=hf peer=naive", "names 2 peers"),
     ],
@@ -52,6 +56,8 @@ def test_a_ratio_may_have_a_bar() -> None:
     assert parse_ratio("ours BF16 / Megatron-Core >= 1.1") == Ratio(
         "ours BF16", "Megatron-Core", 1.1
     )
+    several = parse_ratio("a | b c / d | e >= 1.1")
+    assert (several.rows, several.overs) == (["a", "b c"], ["d", "e"])
     assert parse_ratio("a / b") == Ratio("a", "b", None)
     for wrong in ("a over b", "a / b >= 1.1.1", "a/"):
         with pytest.raises(ConfigError, match="is not"):
@@ -103,6 +109,20 @@ def test_equal_work_in_text_rows(tmp_path) -> None:
         run = read_run_config(file, [*row.settings, f"log.output={tmp_path}"]).config
         tokens[row.name] = run.data.seq_length * run.batch.global_size
     assert set(tokens.values()) == {64 * 4096}
+
+
+def test_promises_are_over_the_best_of_all_peers(tmp_path) -> None:
+    plan = preset_plan("text-7b", processes=4, seq_length=0, data=tmp_path)
+    peers = {row.name for row in plan.rows if row.kind != OURS}
+    bf16, fp8, *_ = plan.ratios
+    assert bf16.least == 1.10
+    assert set(bf16.overs) == peers - {"Megatron-Core FP8"}
+    assert set(bf16.rows) == {"ours", "ours fused", "ours fused 16k"} == set(fp8.overs)
+    assert (set(fp8.rows), fp8.least) == ({"ours FP8", "ours FP8 16k"}, 1.35)
+    kinds = [row.kind for row in plan.rows]
+    assert kinds == sorted(kinds, key=lambda kind: (kind[:2] == "hf", kind != OURS))
+    small = preset_plan("text-1.5b", processes=1, seq_length=0, data=tmp_path)
+    assert small.ratios[1].least == 1.0
 
 
 def test_longer_sequences_are_a_preset_of_their_own(tmp_path) -> None:
