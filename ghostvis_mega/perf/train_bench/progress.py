@@ -85,10 +85,10 @@ def summary_lines(result: RowResult) -> list[str]:
             value, unit = values.get(name, (None, ""))
             if value is not None:
                 parts.append(f"{name} {value:.4g} {unit}")
-        lines.append(", ".join(parts))
+        lines.append("; ".join(parts))
     if result.trace:
         parts = [f"{entry['name']} {entry['value']:.3g} {entry['unit']}" for entry in result.trace]
-        lines.append("traced: " + ", ".join(parts))
+        lines.append("traced: " + "; ".join(parts))
     return lines
 
 

@@ -165,7 +165,7 @@ def test_each_row_is_told_and_saved_as_soon_as_it_has_ended(
     assert code == 0
     (before, nothing), (between, (line,)) = seen
     assert (before, nothing, between) == ([], [], ["ours"])
-    assert line.startswith("ours: useful tokens 100 /s/GPU, model FLOPs 1 TFLOP/s/GPU")
+    assert line.startswith("ours: useful tokens 100 /s/GPU; model FLOPs 1 TFLOP/s/GPU")
     saved = json.loads(file.read_text())
     assert [row["name"] for row in saved["rows"]] == ["ours", "naive"]
     assert saved["rows"][0]["steps"][2]["loss"] == 7.0
