@@ -14,6 +14,7 @@ import os
 import sys
 import time
 
+from ghostvis_mega.checkpoint.lock import in_use
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.train.signals import EXIT_REQUEUE, StopRequest
 from ghostvis_mega.utils.errors import ConfigError, GhostVisError
@@ -42,14 +43,16 @@ def main() -> int:
         # Settings are checked before torch is even imported: a wrong one is reported in seconds.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         run = load_checked(arguments.config, arguments.overrides, world_size=world_size)
+        if problem := in_use(run.log.output):
+            raise ConfigError([problem])
         with many_imports():
             from ghostvis_mega.session import Training, local_device, open_world
 
         with open_world(run, device=local_device(run)) as world:
             Training(run, world, started=started, stop=stop).execute()
     except ConfigError as error:
-        # All ranks find the same problems; one report is enough.
-        if os.environ.get("RANK", "0") == "0":
+        # All ranks of a node find the same problems; one report is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(hide(str(error)), file=sys.stderr)
         return 2
     except GhostVisError as error:

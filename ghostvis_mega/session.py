@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ghostvis_mega.checkpoint.bundle import write_bundle
 from ghostvis_mega.checkpoint.lease import Lease
+from ghostvis_mega.checkpoint.lock import FolderLock
 from ghostvis_mega.checkpoint.run_state import RunState
 from ghostvis_mega.checkpoint.store import CheckpointStore
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
@@ -152,13 +153,30 @@ class Training:
 
     def execute(self) -> Summary:
         """Train from the newest checkpoint or from scratch, evaluate if asked, report; returns the
-        summary. A run that was told to stop has saved, and evaluates nothing."""
+        summary. A run that was told to stop has saved, and evaluates nothing.
+
+        Raises:
+            ConfigError: Another launch that lives has the run folder; nothing was touched there.
+        """
+        lock = FolderLock(self.run.log.output)
+        if problem := on_first_rank(lock.take):
+            raise ConfigError([problem])
+        try:
+            lease = Lease(self.run.log.output, launch=self.world.launch)
+            on_first_rank(lease.take)
+            return self._execute(lease)
+        finally:
+            lock.release()
+
+    def _execute(self, lease: Lease) -> Summary:
         run, groups = self.run, self.world.groups
         goodput = self.account()
         engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
-        store = self.take_folder()
+        store = CheckpointStore(
+            run.log.output / "checkpoints", keep=run.checkpoint.keep, lease=lease
+        )
         feed = Feed(run, groups, train)
         guards = Guards(run, places=groups.places, rank=groups.rank)
         state = RunState(store=store, engine=engine, feed=feed, guards=guards)
@@ -215,14 +233,6 @@ class Training:
             atomic_write_json(path, dict(summary))
         except OSError as error:
             log.warning("%s cannot be written: %s. It would say %s", path, error, dict(summary))
-
-    def take_folder(self) -> CheckpointStore:
-        """The run's checkpoints, which from now on are this launch's; collective."""
-        lease = Lease(self.run.log.output, launch=self.world.launch)
-        on_first_rank(lease.take)
-        return CheckpointStore(
-            self.run.log.output / "checkpoints", keep=self.run.checkpoint.keep, lease=lease
-        )
 
     def saving(self, state: RunState) -> Callable[[int], None]:
         """What the loop calls to save, with the export that the settings ask for."""

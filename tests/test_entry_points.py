@@ -271,8 +271,8 @@ def test_wrong_settings_are_one_report_before_torch_is_imported(run_file: Path) 
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_only_the_first_rank_reports(run_file: Path) -> None:
-    done, _ = refuse(run_file, "train.steps=0", WORLD_SIZE="2", RANK="1")
+def test_only_the_first_rank_of_a_node_reports(run_file: Path) -> None:
+    done, _ = refuse(run_file, "train.steps=0", WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
