@@ -266,6 +266,9 @@ class TrainConfig(Section):
     fused_loss: bool = False
     """Output layer and loss in chunks of rows, never holding all scores of a micro-batch, instead
     of scoring all rows at once."""
+    fused_rope: bool = True
+    """Queries, keys and values are split and queries and keys rotated in one operation (on GPUs one
+    kernel of Transformer Engine each way), instead of by Megatron-Core's steps."""
     deterministic: bool = False
     """Equal runs give equal bits: reproducible kernels only, on the CPU one thread a process."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -107,6 +107,7 @@ def build_chunks(
     backend: Backend | None = None,
     fused_wgrad: bool = False,
     fused_loss: bool | None = None,
+    fused_rope: bool | None = None,
 ) -> list[LLMChunk]:
     """The LLM chunks of this pipeline stage, initialised.
 
@@ -118,6 +119,7 @@ def build_chunks(
         backend: Layer implementation; by default the one that suits the device.
         fused_wgrad: Weight gradients go to `main_grad`, which `ZeroEngine` provides.
         fused_loss: In place of what the run says.
+        fused_rope: The same.
     """
     degrees, llm = groups.degrees, run.model.llm
     backend = backend or choose_backend(device)
@@ -146,6 +148,7 @@ def build_chunks(
             last=groups.is_last_stage and number == degrees.virtual_pipeline - 1,
             chunk=number if degrees.virtual_pipeline > 1 else None,
             fused_loss=run.train.fused_loss if fused_loss is None else fused_loss,
+            fused_rope=run.train.fused_rope if fused_rope is None else fused_rope,
         ).to(device)
         chunk.initialize(run.train.seed)
         chunks.append(chunk)

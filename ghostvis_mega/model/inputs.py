@@ -24,8 +24,8 @@ class ModelInput:
     rows_S: torch.Tensor
     """int64: which rows of the sequence these are, ascending."""
     positions_BW: torch.Tensor
-    """int64, from 0 in each sample, of the whole sequence: Megatron-Core's packed rotary embedding
-    cuts its table itself."""
+    """int64, from 0 in each sample, of the whole sequence: Megatron-Core's own packed rotary
+    embedding cuts its table itself."""
     packed: SegmentedParams | None
     trained_rows: torch.Tensor
     """int64 [R]: flat S*B positions whose next token is trained, ascending."""

@@ -56,6 +56,7 @@ class LLMChunk(MegatronModule):
         last: Whether this chunk computes the loss.
         chunk: Its number on this stage (interleaved schedule), else None.
         fused_loss: Whether `loss_sum` goes without the scores of all its rows at once.
+        fused_rope: Whether queries and keys are split off and rotated in one operation.
     """
 
     def __init__(
@@ -69,17 +70,20 @@ class LLMChunk(MegatronModule):
         last: bool = True,
         chunk: int | None = None,
         fused_loss: bool = False,
+        fused_rope: bool = False,
     ):
         super().__init__(config=config)
-        self.llm, self.backend, self.fused_loss = llm, backend, fused_loss
+        self.llm, self.backend = llm, backend
+        self.fused_loss, self.fused_rope = fused_loss, fused_rope
         self.loss_chunk_bytes = CHUNK_BYTES
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = first, last, chunk
         self.tp_group = groups.tp
         num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=groups.pp.rank())
+        spec = block_spec(config, num_layers=num_layers, backend=backend, fused_rope=fused_rope)
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, num_layers=num_layers, backend=backend),
+            spec,
             pre_process=first,
             post_process=last,
             pg_collection=groups,
@@ -192,13 +196,16 @@ class LLMChunk(MegatronModule):
     def _rotary(self, inputs: ModelInput) -> torch.Tensor:
         """Rotation angles: [rows, 1, 1, D].
 
-        Without packing there is one row for each of this rank's rows of the sequence. Packed, there
-        is one for each row of the whole sequence, and Megatron-Core cuts the table for the
-        context-parallel rank: Transformer Engine's kernel restarts positions at each segment by
-        itself and wants the plain table; the CPU layers take each token's own position.
+        There is one row for each of this rank's rows of the sequence, but for packed input on
+        Megatron-Core's own path: then one for each row of the whole sequence, and Megatron-Core
+        cuts the table for the context-parallel rank. Transformer Engine's kernel for that path
+        restarts positions at each segment by itself and wants the plain table; the CPU layers take
+        each token's own position.
         """
         if inputs.packed is None:
             positions = inputs.rows_S
+        elif self.fused_rope:
+            positions = inputs.positions_BW[0, inputs.rows_S]
         elif self.backend == "cpu":
             positions = inputs.positions_BW[0]
         else:

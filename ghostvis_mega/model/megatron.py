@@ -21,6 +21,7 @@ from torch import nn
 from ghostvis_mega.config.schema import LLMConfig
 from ghostvis_mega.model.attention import SDPACoreAttention
 from ghostvis_mega.model.dropout import ATTENTION, MLP, DropoutAdd, DropoutLayer
+from ghostvis_mega.model.rope import FusedRotarySelfAttention
 
 log = logging.getLogger(__name__)
 
@@ -164,9 +165,16 @@ def _fp8_settings(fp8: str) -> dict[str, Any]:
 
 
 def block_spec(
-    config: TransformerConfig, *, num_layers: int, backend: Backend
+    config: TransformerConfig, *, num_layers: int, backend: Backend, fused_rope: bool = False
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and its final norm."""
+    """The layers of one model chunk and its final norm.
+
+    Args:
+        config: Megatron-Core's configuration.
+        num_layers: Of the chunk.
+        backend: Layer implementation.
+        fused_rope: Attention wants one row of angles for each row of activations; see `model.rope`.
+    """
     layer: ModuleSpec
     final_norm: Callable
     if backend == "te":
@@ -179,6 +187,8 @@ def block_spec(
         layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
         final_norm = RMSNorm
+    if fused_rope:
+        layer.submodules.self_attention.module = FusedRotarySelfAttention
     if config.hidden_dropout > 0:
         layer.module = DropoutLayer
         layer.submodules.self_attn_bda = ModuleSpec(module=DropoutAdd, params={"site": ATTENTION})

@@ -33,10 +33,16 @@ class PlainTrainer:
         assert groups.degrees.tensor == groups.degrees.pipeline == 1, "the reference is never cut"
         self.run, self.device = run, device
         dtype = torch.float32
-        # Not Transformer Engine's layers, on a GPU either, nor the fused loss: what is compared
+        # Not Transformer Engine's layers, on a GPU either, nor the fused parts: what is compared
         # with them must not share their code.
         (self.llm,) = build_chunks(
-            run, groups, device=device, dtype=dtype, backend="cpu", fused_loss=False
+            run,
+            groups,
+            device=device,
+            dtype=dtype,
+            backend="cpu",
+            fused_loss=False,
+            fused_rope=False,
         )
         self.encoder = build_encoder(run, device=device, dtype=dtype)
         frozen = {"llm": self.llm}

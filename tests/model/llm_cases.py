@@ -35,13 +35,25 @@ def llm_config(**changes: object) -> LLMConfig:
 
 
 def make_llm(
-    llm: LLMConfig, groups: Groups, *, recompute: str = "none", fused_loss: bool = False
+    llm: LLMConfig,
+    groups: Groups,
+    *,
+    recompute: str = "none",
+    fused_loss: bool = False,
+    fused_rope: bool = True,
 ) -> LLMChunk:
     """The whole model on this process; also biases and norms are random."""
     config = transformer_config(
         llm, layout=BlockLayout(), dtype=torch.float32, backend="cpu", recompute=recompute
     )
-    chunk = LLMChunk(config, llm, groups=groups.megatron, backend="cpu", fused_loss=fused_loss)
+    chunk = LLMChunk(
+        config,
+        llm,
+        groups=groups.megatron,
+        backend="cpu",
+        fused_loss=fused_loss,
+        fused_rope=fused_rope,
+    )
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in chunk.global_parameters():

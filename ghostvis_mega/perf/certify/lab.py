@@ -31,7 +31,7 @@ NOT_OF_THE_PROBLEM = {
     "log": None,
     "batch": ("micro_size",),
     "data": ("heldout", "num_workers", "bad_sample_budget"),
-    "train": ("recompute", "fused_loss", "fused_wgrad", "device", "timeout_s"),
+    "train": ("recompute", "fused_loss", "fused_rope", "fused_wgrad", "device", "timeout_s"),
 }
 """Settings (whole sections, or keys of one) that say how a step is computed, not what."""
 

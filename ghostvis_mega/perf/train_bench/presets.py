@@ -54,6 +54,7 @@ def _ablation(size: Size, processes: int, length: int, data: Path) -> Plan:
     changed: dict[str, tuple[str, ...]] = {
         "without fused wgrad": ("train.fused_wgrad=false",),
         "without fused loss": ("train.fused_loss=false",),
+        "without fused RoPE": ("train.fused_rope=false",),
         "MLPs run again": ("train.recompute=selective",),
         "layers run again": ("train.recompute=full",),
         "ZeRO-1": (zero[1],),
