@@ -55,7 +55,10 @@ def run_training_schedule(
     def loss(
         inputs: ModelInput, chunk: LLMChunk, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = chunk.loss_sum(hidden, inputs)
+        # What the schedule makes of it: it divides by the number of micro-batches, and multiplies
+        # by the context-parallel size.
+        grad = loss_scale * chunk.config.context_parallel_size / len(work)
+        total = chunk.loss_sum(hidden, inputs, expected_grad=grad)
         # The schedule divides its loss in place, so what is reported must be a copy.
         return total * loss_scale, total.detach().clone()
 

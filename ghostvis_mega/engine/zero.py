@@ -106,6 +106,9 @@ class ZeroEngine:
         if self.stage in (1, 2):
             # Else stage 2 would round the fp32 sums of a BF16 model to BF16 in its buckets.
             self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+            # Whether to step is decided before, for all engines; DeepSpeed would look through the
+            # gradients again, a dozen operations for each of them while the GPU waits.
+            self.optimizer.check_grad_overflow = False
         if self.stage == 3:
             # Stage 3 takes the rank in TP x PP where stages 1 and 2 take the tensor rank.
             self.optimizer.model_parallel_rank = grid.get_tensor_model_parallel_rank()
@@ -145,9 +148,11 @@ class ZeroEngine:
         returns nothing for a weight without the attribute `grad_added_to_main_grad`, so that
         nothing is added twice.
         """
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-            parameter.main_grad = parameter.grad
+        sums = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
+        torch._foreach_zero_(sums)
+        for parameter, total in zip(self.trained, sums, strict=True):
+            parameter.grad = parameter.main_grad = total
+        del sums, total
         yield
         for parameter in self.trained:
             del parameter.main_grad
@@ -183,8 +188,10 @@ class ZeroEngine:
     def _owned_norms(self) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
         """Norm of each part of a gradient that this rank updates, on the parameters' device."""
         if not self.offload:
-            for gradient, parameter in self._owned_gradients():
-                yield gradient.detach().float().norm(), parameter
+            owned = list(self._owned_gradients())
+            if owned:
+                norms = torch._foreach_norm([gradient.detach().float() for gradient, _ in owned])
+                yield from zip(norms, (parameter for _, parameter in owned), strict=True)
             return
         # The gradients are on their way to the host; DeepSpeed took these before they left.
         norms = self.optimizer.norm_for_param_grads

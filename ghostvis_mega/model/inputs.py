@@ -77,17 +77,19 @@ def model_input(
         ValueError: A segment does not divide over the context-parallel ranks.
     """
     lengths = segment_lengths(batch)
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        # Out of pageable memory the copy would wait for all that the GPU has been given.
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
     packed = None
     if batch.cu_seqlens is not None:
         packed = segmented_params(
-            batch.cu_seqlens.to(device),
+            move(batch.cu_seqlens),
             max_seqlen=batch.max_seqlen,
             for_sdpa=for_sdpa,
             context=context,
         )
-
-    def move(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device, non_blocking=True)
 
     rows_S = torch.arange(batch.tokens_BS.shape[1])
     if context.size > 1:

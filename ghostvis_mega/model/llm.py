@@ -20,6 +20,7 @@ from torch import nn
 
 from ghostvis_mega.config.schema import LLMConfig
 from ghostvis_mega.model.dropout import ATTENTION, EMBEDDING, drop
+from ghostvis_mega.model.embedding import NOWHERE, embed
 from ghostvis_mega.model.init import initialize
 from ghostvis_mega.model.inputs import ModelInput
 from ghostvis_mega.model.loss import CHUNK_BYTES, LossTargets, head_loss
@@ -35,13 +36,32 @@ class Vocabulary(VocabParallelEmbedding):
     """
 
     def forward(
-        self, x: torch.Tensor, *, as_head: bool = False, targets: LossTargets | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        as_head: bool = False,
+        targets: LossTargets | None = None,
+        overwritten: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed token ids [B, S] -> [B, S, H], or as the head score rows [R, H] -> [R, V], or give
-        their loss without the scores [R, H] -> []."""
+        their loss without the scores [R, H] -> [].
+
+        `overwritten` are flat S*B positions whose embeddings nobody will read.
+        """
         if targets is not None:
             return head_loss(x, self.weight, targets, group=self.tp_group)
-        return F.linear(x, self.weight) if as_head else super().forward(x)
+        if as_head:
+            return F.linear(x, self.weight)
+        if not (torch.is_grad_enabled() and hasattr(self.weight, "main_grad")):
+            return super().forward(x)
+        own = x - self.vocab_start_index
+        own = own.masked_fill((own < 0) | (own >= self.weight.shape[0]), NOWHERE)
+        learn = own
+        if overwritten is not None:
+            flat = own.t().flatten().index_fill(0, overwritten, NOWHERE)
+            learn = flat.view(own.shape[1], own.shape[0]).t()
+        found = embed(self.weight, own, learn.contiguous())
+        return mappings.reduce_from_tensor_model_parallel_region(found, group=self.tp_group)
 
 
 class LLMChunk(MegatronModule):
@@ -180,7 +200,8 @@ class LLMChunk(MegatronModule):
         return keys_SB
 
     def _embed(self, inputs: ModelInput, vision_nH: torch.Tensor | None) -> torch.Tensor:
-        text_SBH = self.embedding(inputs.tokens_BS).transpose(0, 1).contiguous()
+        text_BSH = self.embedding(inputs.tokens_BS, overwritten=inputs.image_rows)
+        text_SBH = text_BSH.transpose(0, 1).contiguous()
         several = self.config.context_parallel_size > 1
         if several and inputs.shows_images and not text_SBH.requires_grad:
             # A frozen LLM, and the pictures may all lie in another context-parallel rank's slice:
@@ -243,10 +264,17 @@ class LLMChunk(MegatronModule):
         picked_RH = hidden_SBH.flatten(0, 1)[rows]
         return mappings.copy_to_tensor_model_parallel_region(picked_RH, group=self.tp_group)
 
-    def loss_sum(self, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
+    def loss_sum(
+        self,
+        hidden_SBH: torch.Tensor,
+        inputs: ModelInput,
+        *,
+        expected_grad: float | None = None,
+    ) -> torch.Tensor:
         """Weighted sum of the cross-entropy over the trained positions, fp32 scalar.
 
-        Only trained positions go through the head: prompts and images cost no logits.
+        Only trained positions go through the head: prompts and images cost no logits. The fused
+        loss saves a copy of the head's gradient where it knows the gradient that it will get.
         """
         if self.fused_loss:
             targets = LossTargets(
@@ -254,6 +282,7 @@ class LLMChunk(MegatronModule):
                 inputs.weights_R,
                 tokens=self.llm.vocab_tokens,
                 chunk_bytes=self.loss_chunk_bytes,
+                expected_grad=expected_grad,
             )
             return self.output(self._picked(hidden_SBH, inputs.trained_rows), targets=targets)
         logits_RV = self.logits(hidden_SBH, inputs.trained_rows).float()

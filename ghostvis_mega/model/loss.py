@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ghostvis_mega.model.loss_kernels import LossKernels, TorchLossKernels
 
-CHUNK_BYTES = 512 * 1024**2
+CHUNK_BYTES = 1024**3
 """Scores that are held at a time. Each chunk reads and writes the fp32 gradient of the weight, so
 that many small ones would cost time."""
 
@@ -45,6 +45,10 @@ class LossTargets:
     """Most that the scores of one chunk may take."""
     kernels: LossKernels | None = None
     """None: those that suit the device."""
+    expected_grad: float | None = None
+    """Gradient that the loss will get in the backward, where that is known: gradients are made for
+    it, and a weight with `main_grad` has its own added there at once, without a buffer between.
+    Another gradient than this one is an error then. None: gradients are scaled in the backward."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class _Job:
     kernels: LossKernels
     hidden_trains: bool
     weight_trains: bool
+    main_grad: torch.Tensor | None
+    """fp32 [V, H] that the weight's gradient is added to in the forward."""
 
 
 def head_loss(
@@ -74,12 +80,14 @@ def head_loss(
         group: Tensor-parallel process group.
     """
     grad = torch.is_grad_enabled()
+    known = targets.expected_grad is not None
     job = _Job(
         targets=targets,
         group=group,
         kernels=targets.kernels or default_kernels(weight_VH.device),
         hidden_trains=grad and hidden_RH.requires_grad,
         weight_trains=grad and weight_VH.requires_grad,
+        main_grad=getattr(weight_VH, "main_grad", None) if known else None,
     )
     return _HeadLoss.apply(hidden_RH, weight_VH, job)
 
@@ -120,17 +128,20 @@ class _HeadLoss(torch.autograd.Function):
         first = job.group.rank() * columns
         valid = min(max(targets.tokens - first, 0), columns)
         labels_R, weights_R = targets.labels_R - first, targets.weights_R.float()
+        scale = 1.0 if targets.expected_grad is None else targets.expected_grad
+        scaled_R = weights_R * scale
         change_RH = change_VH = None
         if job.hidden_trains:
             change_RH = torch.zeros_like(hidden_RH, dtype=torch.float32)
+        added = job.weight_trains and job.main_grad is not None
         if job.weight_trains:
-            change_VH = torch.empty_like(weight_VH, dtype=torch.float32)
+            change_VH = job.main_grad if added else torch.empty_like(weight_VH, dtype=torch.float32)
         loss_R = torch.zeros_like(weights_R)
         row_bytes = columns * hidden_RH.element_size()
         chunks = row_chunks(len(hidden_RH), row_bytes, chunk_bytes=targets.chunk_bytes)
         scores_RV = hidden_RH.new_empty(chunks[0].stop if chunks else 0, columns)
         for number, rows in enumerate(chunks):
-            x_RH, labels, weights = hidden_RH[rows], labels_R[rows], weights_R[rows]
+            x_RH, labels, weights = hidden_RH[rows], labels_R[rows], scaled_R[rows]
             logits_RV = torch.mm(x_RH, weight_VH.t(), out=scores_RV[: len(x_RH)])
             own_R3 = job.kernels.statistics(logits_RV, labels, columns=valid)
             peaks, sums, scores = _over_ranks(own_R3, job.group)
@@ -148,11 +159,11 @@ class _HeadLoss(torch.autograd.Function):
             if change_RH is not None:
                 _product(change_RH[rows], logits_RV, weight_VH, add=False)
             if change_VH is not None:
-                _product(change_VH, logits_RV.t(), x_RH, add=number > 0)
-        if change_VH is not None and not chunks:
+                _product(change_VH, logits_RV.t(), x_RH, add=added or number > 0)
+        if change_VH is not None and not chunks and not added:
             change_VH.zero_()
-        ctx.save_for_backward(change_RH, change_VH)
-        ctx.dtype = hidden_RH.dtype
+        ctx.save_for_backward(change_RH, None if added else change_VH)
+        ctx.dtype, ctx.expected_grad = hidden_RH.dtype, targets.expected_grad
         return (loss_R * weights_R).sum()
 
     @staticmethod
@@ -161,11 +172,16 @@ class _HeadLoss(torch.autograd.Function):
         # In place: the weight's gradient is as large as the whole output layer in fp32. A second
         # backward through the same loss is refused by autograd, which sees the change.
         change_RH, change_VH = ctx.saved_tensors
-        if change_RH is not None:
-            change_RH = change_RH.mul_(grad).to(ctx.dtype)
-        if change_VH is not None:
-            change_VH.mul_(grad)
-        return change_RH, change_VH, None
+        if ctx.expected_grad is None:
+            for change in (change_RH, change_VH):
+                if change is not None:
+                    change.mul_(grad)
+        else:
+            off = (grad - ctx.expected_grad).abs() > 1e-5 * abs(ctx.expected_grad)
+            torch.ops.aten._assert_async.msg(
+                ~off, f"the loss was to get the gradient {ctx.expected_grad}"
+            )
+        return None if change_RH is None else change_RH.to(ctx.dtype), change_VH, None
 
 
 def _over_ranks(own_R3: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:

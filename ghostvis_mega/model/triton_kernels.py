@@ -1,8 +1,8 @@
-"""What the loss does between its matrix products, fused for GPUs.
+"""Kernels for GPUs: what the loss does between its matrix products, and the embedding's gradient.
 
-One pass reads the scores for the statistics (an online softmax), one replaces them by their
-gradient. Each element is written by one program and sums run in a fixed order, so equal input gives
-equal bits.
+In the loss one pass reads the scores for the statistics (an online softmax), one replaces them by
+their gradient. Everywhere each element is written by one program and sums run in a fixed order, so
+equal input gives equal bits.
 """
 
 import torch
@@ -11,6 +11,8 @@ import triton.language as tl
 
 _BLOCK = 4096
 """Columns that a program holds at a time; a row of 152,000 takes 38 of them."""
+_ROW_BLOCK = 512
+"""Columns of a row of the embedding that a program adds up."""
 
 
 @triton.jit
@@ -46,6 +48,40 @@ def gradient_kernel(logits, labels, peaks, shares, weights, width, columns, BLOC
     change -= tl.where(at == tl.load(labels + row), tl.load(weights + row), 0.0)
     change = tl.where(inside, change, 0.0)
     tl.store(places, change.to(logits.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def add_rows_kernel(ids, order, ends, rows, out, width, BLOCK: tl.constexpr):
+    """All rows with one id, added to that row of `out` by the first of them."""
+    first = tl.program_id(0)
+    row = tl.load(ids + first)
+    before = tl.load(ids + first - 1, mask=first > 0, other=-1)
+    if row != before:
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < width
+        total = tl.load(out + row * width + at, mask=inside, other=0.0)
+        for place in range(first, tl.load(ends + first)):
+            source = rows + tl.load(order + place) * width
+            total += tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * width + at, total, mask=inside)
+
+
+def add_rows(out_VH: torch.Tensor, at_n: torch.Tensor, rows_nH: torch.Tensor) -> None:
+    """Add each row to the row of `out_VH` that `at_n` names; negative ones drop it.
+
+    Args:
+        out_VH: fp32, contiguous; written.
+        at_n: int64.
+        rows_nH: fp32 or BF16, contiguous.
+    """
+    assert out_VH.is_contiguous() and rows_nH.is_contiguous(), "the kernel counts in whole rows"
+    ids_n, order_n = at_n.sort(stable=True)
+    ends_n = torch.searchsorted(ids_n, ids_n, right=True)
+    count, width = rows_nH.shape
+    # A negative id equals the one that stands before the first.
+    add_rows_kernel[(count, triton.cdiv(width, _ROW_BLOCK))](
+        ids_n, order_n, ends_n, rows_nH, out_VH, width, BLOCK=_ROW_BLOCK, num_warps=4
+    )
 
 
 class TritonLossKernels:

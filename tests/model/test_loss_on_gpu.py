@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ghostvis_mega.model.embedding import add_rows_
 from ghostvis_mega.model.loss import LossTargets, default_kernels, head_loss
 from ghostvis_mega.model.loss_kernels import LossKernels, TorchLossKernels
 from tests.model.loss_cases import SCALE, TOKENS, VOCABULARY, Case, Outcome, distance, make_case
@@ -25,7 +26,14 @@ class Alone:
         return 1
 
 
-def fused(case: Case, *, kernels: LossKernels | None = None, rows: int = 256) -> Outcome:
+def fused(
+    case: Case,
+    *,
+    kernels: LossKernels | None = None,
+    rows: int = 256,
+    straight: bool = False,
+) -> Outcome:
+    """`straight`: the weight's gradient goes into `main_grad`, on top of ones."""
     hidden_RH = case.hidden_RH.to(GPU).requires_grad_()
     weight_VH = nn.Parameter(case.weight_VH.to(GPU))
     if weight_VH.dtype == torch.bfloat16:
@@ -36,11 +44,15 @@ def fused(case: Case, *, kernels: LossKernels | None = None, rows: int = 256) ->
         tokens=TOKENS,
         chunk_bytes=rows * VOCABULARY * weight_VH.element_size(),
         kernels=kernels,
+        expected_grad=SCALE if straight else None,
     )
+    if straight:
+        weight_VH.grad = weight_VH.main_grad = torch.ones_like(weight_VH, dtype=torch.float32)
     loss = head_loss(hidden_RH, weight_VH, targets, group=Alone())
     (loss * SCALE).backward()
     assert weight_VH.grad.dtype == torch.float32
-    return Outcome(loss.detach(), hidden_RH.grad, weight_VH.grad)
+    change_VH = weight_VH.grad - 1.0 if straight else weight_VH.grad
+    return Outcome(loss.detach(), hidden_RH.grad, change_VH)
 
 
 def parts(outcome: Outcome) -> list[torch.Tensor]:
@@ -73,3 +85,27 @@ def test_equal_input_gives_equal_bits() -> None:
     case = make_case(rows=600, hidden=128, dtype=torch.bfloat16)
     first, second = fused(case), fused(case)
     assert all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_the_sum_of_micro_batches_gets_the_same_gradient(dtype: torch.dtype) -> None:
+    case = make_case(rows=600, hidden=128, dtype=dtype)
+    truth = plain_outcome(case, dtype=torch.float64)
+    # Ones that come and go cost a few bits.
+    assert worst(fused(case, straight=True), truth) <= max(BARS[dtype], 2e-5)
+
+
+def test_rows_of_the_embedding_add_up_in_the_same_order_each_time() -> None:
+    generator = torch.Generator().manual_seed(3)
+    at_n = torch.randint(-1, 900, (8192,), generator=generator)
+    rows_nH = torch.randn(8192, 1536, generator=generator).to(torch.bfloat16)
+    found = []
+    for _ in range(2):
+        out_VH = torch.ones(VOCABULARY // 8, 1536, device=GPU)
+        add_rows_(out_VH, at_n.to(GPU), rows_nH.to(GPU))
+        found.append(out_VH.cpu())
+    truth = torch.ones(VOCABULARY // 8, 1536, dtype=torch.float64)
+    truth.index_add_(0, at_n[at_n >= 0], rows_nH[at_n >= 0].double())
+    assert torch.equal(*found)
+    assert distance(found[0], truth) <= 1e-6
+    assert distance(found[0].roll(1, 0), truth) > 1e-2
