@@ -1,87 +1,131 @@
-"""One step under PyTorch's profiler: a trace for a viewer, and where the time went by kind."""
+"""One step under PyTorch's profiler: a trace for a viewer, and where the time went."""
 
-import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ghostvis_mega.perf.train_bench.kernel_kinds import COMPUTE, KINDS, kind_of
+from ghostvis_mega.perf.train_bench.trace_reading import (
+    STEP,
+    Section,
+    StepTrace,
+    read_step,
+)
 from ghostvis_mega.perf.train_bench.trainer import Trainer, synchronize, trace_file
 
 TOP = 8
 """Kernels that are named one by one."""
 _SHOWN_CHARACTERS = 60
-
-GROUPS: tuple[tuple[str, str], ...] = (
-    ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all"),
-    ("loss", r"cross_?entropy|nll_loss|log_?softmax|linear_ce|fused_linear"),
-    ("attention", r"attention|flash|fmha|sdpa|mha_|_softmax|softmax_warp|scaled_.*softmax"),
-    ("optimizer", r"adam|multi_tensor|foreach|l2norm|lamb"),
-    ("GEMM", r"gemm|cublas|cutlass|xmma|nvjet|sm\d+_.*(mm|tn|nt|nn)|wgmma|addmm|\bmm\b|\bbmm\b"
-             r"|aten::(mm|bmm|addmm|linear|conv)|convolution|wgrad"),
-    ("norm and activation", r"norm|silu|swiglu|swish|gelu|glu|rope|rotary|sigmoid|activation"),
-    ("copy and cast", r"copy|cast|memcpy|memset|cat|transpose|_to_copy|fill|quantize|amax|zero_"),
-)  # fmt: skip
-"""Kinds by what a kernel's name holds; the first that fits counts. What is left is `other`."""
-OTHER = "other"
+_SHARE = "% of the step"
+GAPS: tuple[tuple[float, str], ...] = (
+    (5, "below 5 us"),
+    (20, "5 to 20 us"),
+    (100, "20 to 100 us"),
+    (1000, "100 us to 1 ms"),
+    (float("inf"), "1 ms and more"),
+)
+"""Upper bounds of gaps between kernels. The shortest are the GPU's own; long ones mean that it
+waits for the CPU."""
+START, END, OUTSIDE = "before the first kernel", "end of step", "outside of named parts"
 
 
-@dataclass(frozen=True)
-class Span:
-    """One kernel, or on a CPU one operator less what it calls."""
-
-    name: str
-    start_us: float
-    end_us: float
-    own_us: float
-
-
-def kind_of(name: str) -> str:
-    """The kind of a kernel."""
-    for kind, pattern in GROUPS:
-        if re.search(pattern, name, flags=re.IGNORECASE):
-            return kind
-    return OTHER
+def gaps_us(trace: StepTrace) -> Iterator[float]:
+    """Times in which nothing ran on any stream, from the start of the step to its end."""
+    until = trace.start_us
+    for span in sorted(trace.spans, key=lambda s: s.start_us):
+        if span.start_us > until:
+            yield span.start_us - until
+        until = max(until, span.end_us)
+    if trace.end_us > until:
+        yield trace.end_us - until
 
 
-def busy_us(spans: Iterable[Span]) -> float:
-    """Time in which at least one of them ran; kernels of several streams overlap."""
-    busy, until = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda s: s.start_us):
-        if span.end_us > until:
-            busy += span.end_us - max(span.start_us, until)
-            until = span.end_us
-    return busy
+def phases_us(trace: StepTrace) -> dict[str, float]:
+    """The step cut by what was under way on the GPU; the parts add up to the step.
+
+    A kernel belongs to the named part in which the CPU asked for it, on whatever thread, and with
+    it the gap before it. All that follows the last matrix product or attention is `END`: the rest
+    of the reductions, norm and optimizer.
+    """
+    spans = sorted(trace.spans, key=lambda s: s.start_us)
+    if not spans:
+        return {START: trace.step_us}
+    compute_end = max((s.end_us for s in spans if kind_of(s.name) in COMPUTE), default=0.0)
+    part_of = _Parts(trace.sections)
+    phases: Counter[str] = Counter()
+    phases[START] = until = max(spans[0].start_us, trace.start_us)
+    phases[START] -= trace.start_us
+    for span in spans:
+        ended = max(until, min(span.end_us, trace.end_us))
+        late = span.start_us >= compute_end
+        phases[END if late else part_of(span.launch_us or span.start_us)] += ended - until
+        until = ended
+    phases[END] += trace.end_us - until
+    return dict(phases)
 
 
-def trace_figures(spans: Sequence[Span], *, step_us: float, on_gpu: bool) -> list[dict[str, Any]]:
-    """Name, value and unit: share of the step by kind, idle share of the GPU, and the kernels that
-    took most.
+class _Parts:
+    """Names the innermost section at a time of the CPU."""
+
+    def __init__(self, sections: Sequence[Section]):
+        self._sections = sorted(sections, key=lambda s: s.start_us)
+        self._starts = [section.start_us for section in self._sections]
+
+    def __call__(self, at_us: float) -> str:
+        place = bisect_right(self._starts, at_us)
+        for section in reversed(self._sections[:place]):
+            if section.end_us >= at_us:
+                return section.name
+        return OUTSIDE
+
+
+def trace_figures(trace: StepTrace, *, on_gpu: bool) -> list[dict[str, Any]]:
+    """Name, value and unit: share of the step by kind and, on a GPU, by part of the step, idle
+    share by length of the gap, and number of kernels; and the kernels that took most.
 
     Kinds may add up to more than the step where kernels of several streams overlap.
     """
+    step_us = trace.step_us
     kinds: Counter[str] = Counter()
     names: Counter[str] = Counter()
-    for span in spans:
+    for span in trace.spans:
         kinds[kind_of(span.name)] += span.own_us
         names[span.name] += span.own_us
-    unit = "% of the step"
-    figures = [{"name": "step", "value": step_us / 1e6, "unit": "s"}]
-    for kind in (*(kind for kind, _ in GROUPS), OTHER):
-        figures.append({"name": kind, "value": 100 * kinds[kind] / step_us, "unit": unit})
+
+    def share(name: str, part_us: float) -> dict[str, Any]:
+        return {"name": name, "value": 100 * part_us / step_us, "unit": _SHARE}
+
+    figures: list[dict[str, Any]] = [{"name": "step", "value": step_us / 1e6, "unit": "s"}]
+    figures += [share(kind, kinds[kind]) for kind in KINDS]
     if on_gpu:
-        idle = max(0.0, step_us - busy_us(spans))
-        figures.append({"name": "GPU idle", "value": 100 * idle / step_us, "unit": unit})
+        figures += [share(f"phase: {name}", part) for name, part in phases_us(trace).items()]
+        figures += _idle_figures(trace)
+        kernels = float(len(trace.spans))
+        figures.append({"name": "kernels, copies and fills", "value": kernels, "unit": ""})
     for name, own_us in names.most_common(TOP):
         short = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..."
-        figures.append({"name": f"kernel {short}", "value": 100 * own_us / step_us, "unit": unit})
+        figures.append(share(f"kernel {short}", own_us))
     return figures
+
+
+def _idle_figures(trace: StepTrace) -> list[dict[str, Any]]:
+    """All idle time, and how much of it lies in gaps of each length."""
+    idle = {name: 0.0 for _, name in GAPS}
+    for gap in gaps_us(trace):
+        idle[next(name for bound, name in GAPS if gap < bound)] += gap
+    parts = {"GPU idle": sum(idle.values())} | {
+        f"GPU idle, gaps {name}": part for name, part in idle.items()
+    }
+    return [
+        {"name": name, "value": 100 * part / trace.step_us, "unit": _SHARE}
+        for name, part in parts.items()
+    ]
 
 
 def traced_step(
@@ -97,28 +141,11 @@ def traced_step(
     folder.mkdir(parents=True, exist_ok=True)
     synchronize(device)
     dist.barrier()
-    with profile(activities=activities) as profiler, torch.profiler.record_function(_STEP):
+    with profile(activities=activities) as profiler, torch.profiler.record_function(STEP):
         trainer.step(step)
         synchronize(device)
-    profiler.export_chrome_trace(str(trace_file(folder, name, dist.get_rank())))
+    file = trace_file(folder, name, dist.get_rank())
+    profiler.export_chrome_trace(str(file))
     if dist.get_rank() != 0:
         return []
-    events = list(profiler.events())
-    (whole,) = (e for e in events if e.name == _STEP and e.device_type == DeviceType.CPU)
-    step_us = whole.time_range.elapsed_us()
-    return trace_figures(list(_spans(events, on_gpu=on_gpu)), step_us=step_us, on_gpu=on_gpu)
-
-
-_STEP = "ghostvis: traced step"
-
-
-def _spans(events: Iterable[Any], *, on_gpu: bool) -> Iterable[Span]:
-    for event in events:
-        start, end = event.time_range.start, event.time_range.end
-        # Ranges that a library has named are no work of their own.
-        if event.name == _STEP or getattr(event, "is_user_annotation", False):
-            continue
-        if on_gpu and event.device_type == DeviceType.CUDA:
-            yield Span(event.name, start, end, end - start)
-        elif not on_gpu and event.device_type == DeviceType.CPU:
-            yield Span(event.name, start, end, event.self_cpu_time_total)
+    return trace_figures(read_step(file, on_gpu=on_gpu), on_gpu=on_gpu)

@@ -1,6 +1,5 @@
 """Ours and all peers on the same data: they learn, count alike, and compute the same loss."""
 
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from ghostvis_mega.perf.synthetic_data import write_synthetic
 from ghostvis_mega.perf.train_bench.execute import build_trainer
 from ghostvis_mega.perf.train_bench.results import StepRecord
 from ghostvis_mega.perf.train_bench.trace import traced_step
+from ghostvis_mega.perf.train_bench.trace_reading import read_step
 from ghostvis_mega.perf.train_bench.trainer import measure
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.train.watchdog import Watchdog
@@ -252,4 +252,7 @@ def test_a_step_is_traced(text: Path, tmp_path: Path, groups: "Groups") -> None:
     assert sum(found[k] for k in ("GEMM", "attention", "loss", "optimizer", "other")) < 100
     (file,) = (tmp_path / "traces").iterdir()
     assert file.name == "a-b-rank0.json.gz"
-    assert '"traceEvents"' in gzip.decompress(file.read_bytes()).decode()
+    step = read_step(file, on_gpu=False)
+    assert {section.name for section in step.sections} == {"forward and backward", "optimizer"}
+    for section in step.sections:
+        assert step.start_us < section.start_us < section.end_us < step.end_us
