@@ -118,5 +118,5 @@ def test_a_rank_that_fails_between_two_looks_is_noticed(
 ) -> None:
     monkeypatch.setattr(launcher, "_POLL_S", 0.0)
     with pytest.raises(RankError, match="rank 0 of 1 ended with 11"):
-        launcher._wait("x", [Ending(11, looks=looks)], tmp_path, 60.0)
-    launcher._wait("x", [Ending(0, looks=looks)], tmp_path, 60.0)
+        launcher.wait_ranks("x", [Ending(11, looks=looks)], tmp_path, 60.0)
+    launcher.wait_ranks("x", [Ending(0, looks=looks)], tmp_path, 60.0)

@@ -7,6 +7,7 @@ from ghostvis_mega.cli.bench_checkpoint import BENCH_CHECKPOINT_HELP, bench_chec
 from ghostvis_mega.cli.bench_convert import BENCH_CONVERT_HELP, bench_convert
 from ghostvis_mega.cli.bench_data import BENCH_DATA_HELP, bench_data
 from ghostvis_mega.cli.bench_determinism import BENCH_DETERMINISM_HELP, bench_determinism
+from ghostvis_mega.cli.bench_fp8 import BENCH_FP8_HELP, bench_fp8
 from ghostvis_mega.cli.bench_generate import BENCH_GENERATE_HELP, bench_generate
 from ghostvis_mega.cli.bench_guards import BENCH_GUARDS_HELP, bench_guards
 from ghostvis_mega.cli.bench_loss import BENCH_LOSS_HELP, bench_loss
@@ -44,6 +45,7 @@ bench_app.command("checkpoint", help=BENCH_CHECKPOINT_HELP)(bench_checkpoint)
 bench_app.command("convert", help=BENCH_CONVERT_HELP)(bench_convert)
 bench_app.command("data", help=BENCH_DATA_HELP)(bench_data)
 bench_app.command("determinism", help=BENCH_DETERMINISM_HELP)(bench_determinism)
+bench_app.command("fp8", help=BENCH_FP8_HELP)(bench_fp8)
 bench_app.command("generate", help=BENCH_GENERATE_HELP)(bench_generate)
 bench_app.command("guards", help=BENCH_GUARDS_HELP)(bench_guards)
 bench_app.command("loss", help=BENCH_LOSS_HELP)(bench_loss)

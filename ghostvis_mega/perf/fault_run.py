@@ -23,11 +23,10 @@ from ghostvis_mega.perf.stress_layouts import (
     write_deepspeed_files,
 )
 from ghostvis_mega.utils.errors import TrainingError
-from ghostvis_mega.utils.launch import PACKAGES, device_environment, started_ranks
+from ghostvis_mega.utils.launch import TRAIN_SCRIPT, device_environment, started_ranks
 
 log = logging.getLogger(__name__)
 
-SCRIPT = PACKAGES / "examples" / "pretrain_vlm.py"
 ENDLESS = 1_000_000
 """Steps that no drill comes to the end of."""
 _POLL_S = 0.005
@@ -86,7 +85,7 @@ class FaultRun:
         """All ranks; none outlives the block."""
         log.info("%s: %d ranks on %s", name, self.processes, self.device)
         with started_ranks(
-            [str(SCRIPT), "--config", str(self.config), *settings],
+            [str(TRAIN_SCRIPT), "--config", str(self.config), *settings],
             ranks=self.processes,
             fuse_s=3 * self.start_timeout_s + 600,
             folder=self.folder / name,

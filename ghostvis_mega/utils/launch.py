@@ -28,6 +28,8 @@ from pathlib import Path
 
 PACKAGES = Path(__file__).resolve().parents[2]
 """Where `ghostvis_mega` lies."""
+TRAIN_SCRIPT = PACKAGES / "examples" / "pretrain_vlm.py"
+"""What people start a run with."""
 EXIT_HANG = 70
 """Exit code of `launch_self` when time is up, as of a run that its watchdog ends."""
 _PORTS = (15000, 32000)
@@ -153,7 +155,7 @@ def run_ranks(
         environment=environment,
         first_output=first_output,
     ) as processes:
-        _wait(name, processes, folder, timeout_s)
+        wait_ranks(name, processes, folder, timeout_s)
 
 
 @contextlib.contextmanager
@@ -228,8 +230,28 @@ def free_port() -> int:
             return port
 
 
-def _wait(name: str, processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
+def wait_ranks(
+    name: str,
+    processes: list[subprocess.Popen],
+    folder: Path,
+    timeout_s: float,
+    *,
+    began: float | None = None,
+) -> None:
+    """Wait for the end of all ranks of `started_ranks`.
+
+    Args:
+        name: For messages.
+        processes: The ranks.
+        folder: As given to `started_ranks`.
+        timeout_s: From `began` on.
+        began: As `time.monotonic` gives it; None: now.
+
+    Raises:
+        RankError: A rank failed.
+        RankHang: Time is up.
+    """
+    end = (time.monotonic() if began is None else began) + timeout_s
     failed: list[int] = []
     running = True
     while running and not failed:

@@ -20,6 +20,10 @@ CASES = [
     ("vlm_1_5b_easyvqa.yaml", [], 1, "cuda"),
     ("vlm_1_5b_easyvqa.yaml", ["parallel.tensor=2"], 4, "cuda"),
     ("vlm_1_5b_easyvqa.yaml", ["parallel.pipeline=2"], 4, "cuda"),
+    ("vlm_fp8_easyvqa.yaml", [], 1, "cuda"),
+    ("vlm_fp8_easyvqa.yaml", ["train.fp8=delayed"], 1, "cuda"),
+    ("vlm_fp8_easyvqa.yaml", ["train.fp8=tensorwise"], 1, "cuda"),
+    ("vlm_fp8_easyvqa.yaml", ["train.fp8=blockwise"], 2, "cuda"),
     ("vlm_7b_sft.yaml", [], 8, "cuda"),
     ("vlm_7b_sft.yaml", ["train.freeze=[vision]"], 64, "cuda"),
 ]
