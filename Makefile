@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help env test demo demo-data clean find-python
+.PHONY: help env test durability demo demo-data clean find-python
 
 # An interpreter of your choice: make env PYTHON=/path/to/python3.12
 PYTHON ?=
@@ -55,6 +55,7 @@ endef
 help:
 	echo "make demo       train a small vision-language model on pictures, report in $(DEMO)/report"
 	echo "make test       style check and tests"
+	echo "make durability the tests of faults alone: kills, damage, hangs, full disks, hostile files"
 	echo "make env        the environment in .venv alone"
 	echo "make demo-data  the demo's pictures as prepared datasets in $(dir $(DATA)) alone"
 	echo "make clean      remove .venv, the demo's files and caches"
@@ -88,6 +89,10 @@ test: env
 	ruff check --quiet .
 	echo "test: pytest"
 	python -m pytest $(PYTEST_ARGS)
+
+durability: env
+	$(DEVICE_ENV)
+	time python -m pytest $(PYTEST_ARGS) -m 'durability and not slow' --durations=15
 
 demo-data: env
 	$(DEVICE_ENV)

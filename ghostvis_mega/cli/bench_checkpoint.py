@@ -1,6 +1,8 @@
 """`ghostvis bench checkpoint`: how long a save keeps training, and how large it is."""
 
 import contextlib
+import json
+import logging
 import os
 import sys
 import time
@@ -10,10 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from ghostvis_mega.cli.output import AsJson, conclude, refusing_settings, scratch
+from ghostvis_mega.cli.output import (
+    EXIT_WRONG_SETTINGS,
+    AsJson,
+    conclude,
+    refusing_settings,
+    scratch,
+)
+from ghostvis_mega.config.sizes import checkpoint_bytes
 from ghostvis_mega.train.preflight import load_checked
+from ghostvis_mega.utils.disks import disk_problem
 from ghostvis_mega.utils.figures import Figure, at_most, measured
 from ghostvis_mega.utils.logging import setup_logging
+
+log = logging.getLogger(__name__)
 
 BENCH_CHECKPOINT_HELP = """Stall, write time and size of a run's checkpoints, saved while it trains.
 
@@ -26,7 +38,9 @@ Examples (a tiny model on a CPU; a 2 B model on one GPU, which takes 56 GB for t
 The stall is the copy to host memory, for which training stops; the longest of all saves counts. Its
 bar holds from 1 GB on. Steps beside the writing are compared with others, and their delay counts as
 well. One thread writes, another hashes; what the first waits for the second has a bar as well.
-Under torchrun the run's layout is used on all processes. Files are deleted at the end.
+Under torchrun the run's layout is used on all processes. Files are deleted at the end. The rows as
+they stand are logged after each save, so a bench that is killed has told what it knew. A folder in
+memory, or without room for two checkpoints, is refused before anything is built.
 Exit code: 0 within the bars, 1 not, 2 wrong settings.
 """
 
@@ -35,6 +49,8 @@ _STALL_BAR = 0.5
 _DIGEST_BAR = 0.05
 """Of a save's time."""
 _INTERVAL_S = 600.0
+_ROOM = 2 * 1.05
+"""Checkpoints that must fit: one that is kept and one that is written; sizes are known to 5 %."""
 _GB = 1e9
 
 
@@ -53,6 +69,10 @@ def bench_checkpoint(
     setup_logging(rank=rank)
     with refusing_settings():
         run = load_checked(config, overrides or [], world_size=world_size)
+    needed = int(checkpoint_bytes(run) * _ROOM) + (1 << 20)
+    if problem := disk_problem(out, num_bytes=needed, option="--out"):
+        typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(EXIT_WRONG_SETTINGS)
     from ghostvis_mega.checkpoint.together import on_every_rank
     from ghostvis_mega.session import local_device, open_world
 
@@ -89,11 +109,13 @@ def _measure(run: Any, world: Any, folder: Path, *, saves: int, steps: int) -> l
     began = time.perf_counter()
     store.prepare(engine)
     prepared = time.perf_counter() - began
+    _tell("before the first save", [measured("taking host memory at the start", prepared, "s")])
     step()
     plain = [step() for _ in range(steps)]
     usual, stalls, writes, delays = median(plain), [], [], []
     saved: list[Any] = []
-    for _ in range(saves):
+    rows: list[Figure] = []
+    for number in range(saves):
         world.watchdog.alive("a save")
         store.begin(engine, step=done, extra={"data": feed.state()})
         stalls.append(store.stall_s)
@@ -104,12 +126,20 @@ def _measure(run: Any, world: Any, folder: Path, *, saves: int, steps: int) -> l
         writes.append(time.perf_counter() - began)
         saved.append(store.saved)
         delays.append(sum(seconds - usual for seconds in beside))
-    path = store.find("auto")
+        figures = {"prepare": prepared, "step": usual, "state": store.state_bytes}
+        path = store.saved.path
+        rows = _rows(run, path, figures, stalls=stalls, writes=writes, delays=delays)
+        rows += _digest_rows(saved)
+        _tell(f"after save {number + 1} of {saves}", rows)
     feed.close()
     store.close()
-    figures = {"prepare": prepared, "step": usual, "state": store.state_bytes}
-    rows = _rows(run, path, figures, stalls=stalls, writes=writes, delays=delays)
-    return rows + _digest_rows(saved)
+    return rows
+
+
+def _tell(when: str, rows: list[Figure]) -> None:
+    """Log rows one by one, should this process not come to its end."""
+    for row in rows:
+        log.info("%s: %s", when, json.dumps(row))
 
 
 def _on_any_rank(world: Any, here: bool) -> bool:
@@ -133,7 +163,6 @@ def _rows(
 ) -> list[Figure]:
     """Of the slowest rank where they differ."""
     from ghostvis_mega.checkpoint.together import on_every_rank
-    from ghostvis_mega.config.sizes import checkpoint_bytes
 
     gathered = on_every_rank(lambda: {**figures, "stall": max(stalls), "delay": max(delays)})
     most = {key: max(one[key] for one in gathered) for key in gathered[0]}

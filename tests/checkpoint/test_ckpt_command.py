@@ -12,6 +12,8 @@ from ghostvis_mega.cli.main import app
 from tests.checkpoint.consolidate import consolidate, differing
 from tests.checkpoint.tiny import with_moments, write_tiny
 
+pytestmark = pytest.mark.durability
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> CheckpointFolder:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.launch import ROOT
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 

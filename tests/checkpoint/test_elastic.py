@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch import ROOT
 
-pytestmark = pytest.mark.world_size(4)
+pytestmark = [pytest.mark.world_size(4), pytest.mark.durability]
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 

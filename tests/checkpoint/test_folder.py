@@ -12,6 +12,8 @@ from ghostvis_mega.checkpoint.store import CheckpointStore
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.checkpoint.tiny import write_tiny
 
+pytestmark = pytest.mark.durability
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> CheckpointFolder:

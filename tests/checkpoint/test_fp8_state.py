@@ -17,6 +17,8 @@ from ghostvis_mega.config.schema import ParallelConfig
 from ghostvis_mega.model.llm import LLMChunk
 from tests.checkpoint.tiny import with_moments, write_tiny
 
+pytestmark = pytest.mark.durability
+
 
 class FakeLinear(nn.Module):
     """Has what Transformer Engine's modules have once they ran."""

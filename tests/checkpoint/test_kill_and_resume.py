@@ -4,7 +4,9 @@ Whole runs through the session: feed with and without workers, augmented picture
 ranks, the thread that writes, guards.
 """
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from tests.checkpoint.test_drills import command, drill
 from tests.launch import ROOT
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
 
 RUN = """\
 model: {{preset: vlm_tiny}}
@@ -68,6 +70,9 @@ def test_the_size_of_a_checkpoint_is_known_before(config: Path):
     assert rows["size predicted at the save, error"]["value"] < 0.01
     assert rows["size predicted from the settings, error"]["value"] < 0.05
     assert rows["share of time, a save every 10 minutes"]["ok"]
+    # A bench that is killed later has told them already.
+    told = [json.loads(line) for line in re.findall(r"after save 1 of 1: (\{.*\})", said)]
+    assert {row["name"]: row for row in told} == rows
 
 
 def test_a_resume_that_forgets_one_moment_is_noticed(config: Path):

@@ -15,6 +15,8 @@ from ghostvis_mega.checkpoint.layout import (
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.certify import problem
 
+pytestmark = pytest.mark.durability
+
 PATH = Path("runs/a/checkpoints/step-00000010")
 
 

@@ -15,6 +15,8 @@ from ghostvis_mega.checkpoint.together import on_first_rank
 from ghostvis_mega.utils.errors import CheckpointError, FolderTakenError
 from tests.checkpoint.test_saving import FakeEngine, snapshot_of
 
+pytestmark = pytest.mark.durability
+
 BOTH = "run now belongs to launch later on .* started later than this one, launch earlier on "
 
 

@@ -20,6 +20,8 @@ from ghostvis_mega.checkpoint.lease import LEASE_FILE, Lease, Start, own_start, 
 from ghostvis_mega.checkpoint.lock import LOCK_FILE, FolderLock, in_use
 from tests.launch import ROOT
 
+pytestmark = pytest.mark.durability
+
 RACERS = 6
 RACE = """
 import fcntl, sys, time

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from ghostvis_mega.checkpoint.random_state import capture_random_state, restore_random_state
 from ghostvis_mega.checkpoint.tensors import write_tensors
 
+pytestmark = pytest.mark.durability
+
 
 def through_a_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors, texts = capture_random_state()

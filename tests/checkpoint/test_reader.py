@@ -16,6 +16,8 @@ from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.files import canonical_json
 from tests.checkpoint.tiny import CUT_AT, NAME, NORM, NORM_VALUES, WHOLE, part_of, write_tiny
 
+pytestmark = pytest.mark.durability
+
 FILES = [
     "llm-00000.safetensors",
     "llm-00001.safetensors",

@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch import launch
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
 
 
 @pytest.fixture(scope="module")

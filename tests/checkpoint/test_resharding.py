@@ -14,6 +14,8 @@ from ghostvis_mega.model.shards import shard
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.checkpoint.tiny import CUT_AT, NAME, NORM, NORM_VALUES, WHOLE, part_of, write_tiny
 
+pytestmark = pytest.mark.durability
+
 SHAPE = (16, 24)
 NAMES = {
     "decoder.layers.0.mlp.linear_fc1.weight": (0, 2),

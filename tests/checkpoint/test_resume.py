@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch import launch
 
-pytestmark = pytest.mark.world_size(4)
+pytestmark = [pytest.mark.world_size(4), pytest.mark.durability]
 
 LAYOUTS = [
     "dp4 zero1",

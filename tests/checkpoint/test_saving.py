@@ -25,6 +25,8 @@ from ghostvis_mega.cli.bench_checkpoint import _digest_rows
 from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.tiny import NAME, write_tiny
 
+pytestmark = pytest.mark.durability
+
 
 class FakeEngine:
     """Stands for an engine; its weight is `value`."""

@@ -12,6 +12,8 @@ import yaml
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
 
+pytestmark = pytest.mark.durability
+
 VALUES: list[Any] = [
     None,
     True,

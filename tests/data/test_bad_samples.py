@@ -13,6 +13,8 @@ from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.source import BatchSource
 from ghostvis_mega.utils.errors import DataError
 
+pytestmark = pytest.mark.durability
+
 HERE = Path(__file__).resolve().parent
 _spec = importlib.util.spec_from_file_location("bad_feeds", HERE / "feeds.py")
 assert _spec is not None and _spec.loader is not None

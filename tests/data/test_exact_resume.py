@@ -22,6 +22,8 @@ from ghostvis_mega.data.plan import build_plan, save_plan
 from ghostvis_mega.perf.synthetic_data import mixed_text_lengths, write_synthetic
 from ghostvis_mega.utils.errors import CheckpointError
 
+pytestmark = pytest.mark.durability
+
 HERE = Path(__file__).resolve().parent
 _spec = importlib.util.spec_from_file_location("data_feeds", HERE / "feeds.py")
 assert _spec is not None and _spec.loader is not None

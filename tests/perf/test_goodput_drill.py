@@ -10,6 +10,8 @@ import pytest
 from ghostvis_mega.perf.goodput_drill import figures_of
 from tests.launch import ROOT
 
+pytestmark = pytest.mark.durability
+
 LINES = [
     {"kind": "launch", "time": 0.0},
     {"kind": "ready", "time": 4.0, "step": 0},

@@ -14,6 +14,8 @@ from ghostvis_mega.cli.hostile.drill import CASES, Result, make_kit, run_case, r
 from ghostvis_mega.cli.hostile.trial import Limits
 from ghostvis_mega.utils.errors import DataError
 
+pytestmark = pytest.mark.durability
+
 
 def test_every_file_is_refused(tmp_path: Path) -> None:
     results = list(run_drill(tmp_path))

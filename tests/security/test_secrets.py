@@ -16,6 +16,8 @@ from ghostvis_mega.utils.logging import setup_logging
 from ghostvis_mega.utils.secrets import Secret, find_secrets, hide
 from tests.launch import ROOT
 
+pytestmark = pytest.mark.durability
+
 FAKE = {
     "HF_TOKEN": "hf_FakeFakeFakeFake0001",
     "WANDB_API_KEY": "fake0002fake0002fake0002",

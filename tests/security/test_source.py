@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.durability
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("ghostvis_mega", "tools", "examples", "tests")
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}

@@ -29,7 +29,7 @@ COUNTS = {"a": 200, "b": 40}
 FLIPPED = (17, 130)
 """Pictures of `a` of which a byte is wrong: 1 %."""
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
 
 
 def write_run(folder: Path) -> Path:

@@ -7,6 +7,8 @@ import pytest
 
 from tests.launch import launch
 
+pytestmark = pytest.mark.durability
+
 SOUND = [0.0, 1.0, 1.0, 0.0]
 MUTE = [0.0, 0.0, 0.0, 0.0]
 TAIL = [0.0, 0.0]

@@ -25,6 +25,8 @@ from ghostvis_mega.train.signals import StopRequest
 from ghostvis_mega.utils.errors import CheckpointError, DataError, TrainingError
 from tests.train.samples import make_preview, make_run, make_step
 
+pytestmark = pytest.mark.durability
+
 WARNING = logging.WARNING
 
 

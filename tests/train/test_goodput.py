@@ -18,6 +18,8 @@ from ghostvis_mega.train.report.timing import draw_goodput
 from tests.launch import ROOT
 from tests.train.samples import make_run, make_step
 
+pytestmark = pytest.mark.durability
+
 LAUNCH = """
 import json, sys, time
 from pathlib import Path

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.launch import launch
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ from ghostvis_mega.parallel.calls import GroupCalls
 from ghostvis_mega.train.hang import RankState, find_guilty
 from tests.launch import RankError, launch
 
+pytestmark = pytest.mark.durability
+
 WORKER = Path(__file__).with_name("hang_worker.py")
 TIMEOUT_S = 10.0
 SLACK_S = 5.0

@@ -43,7 +43,7 @@ def runs(config: Path) -> dict[str, list[dict[str, Any]]]:
     return launch(worker, ranks=2, timeout_s=200, folder=folder, args=[str(config)])
 
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,8 @@ from ghostvis_mega.parallel.groups import Place
 from ghostvis_mega.train.slow_ranks import SECTIONS, SlowRank, SlowRanks, find_slow
 from tests.launch import launch
 
+pytestmark = pytest.mark.durability
+
 RANKS = 4
 PLACES = tuple(Place(data=rank, pipeline=0, tensor=0) for rank in range(RANKS))
 FACTOR = GuardsConfig().slow_rank_factor

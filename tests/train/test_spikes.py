@@ -9,6 +9,8 @@ import pytest
 from ghostvis_mega.config.schema import GuardsConfig
 from ghostvis_mega.train.spikes import SpikeDetector
 
+pytestmark = pytest.mark.durability
+
 STEPS = 10_000
 WINDOW = GuardsConfig().spike_window
 SIGMA = GuardsConfig().spike_sigma

@@ -4,7 +4,11 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from ghostvis_mega.train.watchdog import EXIT_CODE
+
+pytestmark = pytest.mark.durability
 
 PROCESS = """
 import sys, time
