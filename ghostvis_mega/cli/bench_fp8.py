@@ -1,7 +1,7 @@
 """`ghostvis bench fp8`: the loss of a run in FP8 beside that of the same run in BF16."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -90,47 +90,33 @@ def bench_fp8(
 ) -> None:
     """Check all runs, train them, compare their metrics."""
     setup_logging(rank=0)
-    given = list(overrides or [])
-    _refuse_what_it_sets(given)
     recipes = list(dict.fromkeys(recipe or [Recipe.delayed]))
     with scratch("fp8", out) as folder:
-        common = [*given, *_common(steps)]
-        run = _checked(config, [*common, f"log.output={folder}/run"], processes=processes)
-        device = "cuda" if run.train.device != "cpu" and has_cuda_device() else "cpu"
-        trials = _trials(run, recipes, twin or [_other_loss(run)], fault=fault)
-        variants = [trial.variant(common, folder / str(i)) for i, trial in enumerate(trials)]
-        for variant in variants:
-            _checked(config, variant.settings, processes=processes)
-        if device == "cuda":
-            _check_gpu(recipes)
+        plan = _plan(
+            config,
+            overrides or [],
+            recipes,
+            twin or [],
+            folder,
+            steps=steps,
+            processes=processes,
+            fault=fault,
+        )
         failures = train_variants(
             config,
-            variants,
+            plan.variants,
             processes=processes,
-            device=device,
+            device=plan.device,
             timeout_s=timeout_s,
             side_by_side=side_by_side,
         )
         _tell(failures)
-        done = [(t, v) for t, v in zip(trials, variants, strict=True) if v.name not in failures]
-        rows, table = _compare(done, steps=steps, bar=bar, alone=not side_by_side)
-    rows += [measured(f"{name}: failed", "see its messages", ok=False) for name in failures]
+        rows, table = _compare(plan, failures, steps=steps, bar=bar, alone=not side_by_side)
     if as_json:
         rows.append(measured("report", table))
     else:
         typer.echo(table)
     conclude(rows, title=f"{steps} steps of {config}", as_json=as_json)
-
-
-def _refuse_what_it_sets(given: list[str]) -> None:
-    for text in given:
-        if text.partition("=")[0] in ("train.fp8", "train.precision", "train.steps"):
-            typer.echo(
-                f"{text}: bench fp8 sets that itself. Use --recipe and --steps; BF16 is always "
-                "the run that recipes are compared with.",
-                err=True,
-            )
-            raise typer.Exit(EXIT_WRONG_SETTINGS)
 
 
 def _common(steps: int) -> list[str]:
@@ -170,6 +156,52 @@ class Trial:
         """How it is launched."""
         settings = (*common, *self.settings, f"log.output={folder}/run")
         return Variant(self.name, settings, folder)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of the comparison, checked."""
+
+    trials: list[Trial]
+    variants: list[Variant]
+    """How each of them is launched."""
+    device: Literal["cpu", "cuda"]
+
+
+def _plan(
+    config: Path,
+    given: list[str],
+    recipes: list[Recipe],
+    twins: list[str],
+    folder: Path,
+    *,
+    steps: int,
+    processes: int,
+    fault: bool,
+) -> Plan:
+    """Every run, or the end with all that is wrong with one."""
+    _refuse_what_it_sets(given)
+    common = [*given, *_common(steps)]
+    run = _checked(config, [*common, f"log.output={folder}/run"], processes=processes)
+    trials = _trials(run, recipes, twins or [_other_loss(run)], fault=fault)
+    variants = [trial.variant(common, folder / str(i)) for i, trial in enumerate(trials)]
+    for variant in variants:
+        _checked(config, variant.settings, processes=processes)
+    on_gpu = run.train.device != "cpu" and has_cuda_device()
+    if on_gpu:
+        _check_gpu(recipes)
+    return Plan(trials, variants, "cuda" if on_gpu else "cpu")
+
+
+def _refuse_what_it_sets(given: list[str]) -> None:
+    for text in given:
+        if text.partition("=")[0] in ("train.fp8", "train.precision", "train.steps"):
+            typer.echo(
+                f"{text}: bench fp8 sets that itself. Use --recipe and --steps; BF16 is always "
+                "the run that recipes are compared with.",
+                err=True,
+            )
+            raise typer.Exit(EXIT_WRONG_SETTINGS)
 
 
 def _trials(run: RunConfig, recipes: list[Recipe], twins: list[str], *, fault: bool) -> list[Trial]:
@@ -216,16 +248,17 @@ def _tell(failures: dict[str, str]) -> None:
 
 
 def _compare(
-    done: list[tuple[Trial, Variant]], *, steps: int, bar: float, alone: bool
+    plan: Plan, failures: Collection[str], *, steps: int, bar: float, alone: bool
 ) -> tuple[list[Figure], str]:
     """Rows, and the table of losses."""
     from ghostvis_mega.perf.loss_gap import compare_losses, losses_table, read_curve
 
     curves: dict[str, list[Curve]] = {"base": [], "twin": [], "compared": []}
     try:
-        for trial, variant in done:
-            path = variant.folder / "run" / "metrics.jsonl"
-            curves[trial.role].append(read_curve(trial.name, path, steps=steps))
+        for trial, variant in zip(plan.trials, plan.variants, strict=True):
+            if trial.name not in failures:
+                path = variant.folder / "run" / "metrics.jsonl"
+                curves[trial.role].append(read_curve(trial.name, path, steps=steps))
     except DataError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
@@ -234,4 +267,5 @@ def _compare(
     for row in rows:
         if str(row["value"]).startswith("SLOWER"):
             log.warning("%s: %s", row["name"], row["value"])
+    rows += [measured(f"{name}: failed", "see its messages", ok=False) for name in failures]
     return rows, losses_table([base, *twins, *others])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ghostvis_mega.cli import bench_fp8 as command
+from ghostvis_mega.perf import loss_gap_runs
 from ghostvis_mega.perf.loss_gap import (
     Curve,
     compare_losses,
@@ -192,6 +193,84 @@ def test_a_gpu_without_fp8_is_refused(
     assert (
         "blockwise needs CUDA compute capability 9.0, but L40S has 8.9" in capsys.readouterr().err
     )
+
+
+SCRIPT = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[3])
+(folder / "started").write_text(str(time.time()))
+time.sleep(float(sys.argv[4]))
+(folder / "ended").write_text(str(time.time()))
+sys.exit(sys.argv[5] if len(sys.argv) > 5 else 0)
+"""
+"""Stands for a run: waits, and ends with 0 or with a message."""
+
+
+def train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *endings: list[str], **options: Any
+) -> tuple[dict[str, str], list[float | None], list[float | None]]:
+    """Launch one script for each of `endings`: failures, starts and ends."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(loss_gap_runs, "TRAIN_SCRIPT", script)
+    variants = [
+        loss_gap_runs.Variant(str(i), (str(tmp_path / str(i)), *ending), tmp_path / str(i))
+        for i, ending in enumerate(endings)
+    ]
+    settings = {"processes": 1, "device": "cpu", "timeout_s": 60.0, "side_by_side": False}
+    failures = loss_gap_runs.train_variants(Path("x.yaml"), variants, **(settings | options))
+    times = [
+        [float(path.read_text()) if path.exists() else None for path in paths]
+        for paths in ([v.folder / name for v in variants] for name in ("started", "ended"))
+    ]
+    return failures, times[0], times[1]
+
+
+def test_launches_are_one_after_the_other_and_one_failure_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, starts, ends = train(tmp_path, monkeypatch, ["0"], ["0", "no luck"], ["0"])
+    assert list(failures) == ["1"]
+    assert "no luck" in failures["1"]
+    assert ends[0] <= starts[1] and ends[1] <= starts[2]
+
+
+def test_side_by_side_all_run_at_once_and_time_is_up_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, starts, ends = train(
+        tmp_path, monkeypatch, ["4"], ["300"], ["4"], side_by_side=True, timeout_s=12.0
+    )
+    assert max(starts) < min(ends[0], ends[2])
+    assert list(failures) == ["1"]
+    assert "1 did not end within 12 s" in failures["1"]
+    assert ends[1] is None
+
+
+def test_nothing_is_started_after_a_base_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, starts, _ = train(tmp_path, monkeypatch, ["0", "no luck"], ["0"])
+    assert list(failures) == ["0"]
+    assert starts[1] is None
+
+
+def test_a_recipe_that_fails_is_a_missed_row_and_the_others_are_compared(tmp_path: Path) -> None:
+    trials = [
+        command.Trial("BF16", "base", ()),
+        command.Trial("twin", "twin", ()),
+        command.Trial("FP8 delayed", "compared", ()),
+        command.Trial("FP8 blockwise", "compared", ()),
+    ]
+    variants = [trial.variant([], tmp_path / str(i)) for i, trial in enumerate(trials)]
+    for variant in variants[:3]:
+        (variant.folder / "run").mkdir(parents=True)
+        steps = [make_step(step) for step in range(1, 11)]
+        write_metrics(variant.folder / "run" / "metrics.jsonl", steps)
+    plan = command.Plan(trials, variants, "cuda")
+    rows, table = command._compare(plan, ["FP8 blockwise"], steps=10, bar=BAR, alone=True)
+    assert [row["name"] for row in rows if row["ok"] is False] == ["FP8 blockwise: failed"]
+    assert table.splitlines()[0] == "| steps | BF16 | twin | FP8 delayed |"
 
 
 def bench(easy_vqa: Path, *options: str) -> subprocess.CompletedProcess[str]:
