@@ -260,10 +260,10 @@ class TrainConfig(Section):
     freeze: tuple[Module, ...] = ()
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing of the LLM: nothing, the MLP of each layer, or whole layers."""
-    fused_wgrad: bool = False
+    fused_wgrad: bool = True
     """On GPUs in BF16 with ZeRO stage 1 or 2, the LLM's matrix products add weight gradients to
     fp32 sums themselves, instead of handing each micro-batch's to autograd; no effect elsewhere."""
-    fused_loss: bool = False
+    fused_loss: bool = True
     """Output layer and loss in chunks of rows, never holding all scores of a micro-batch, instead
     of scoring all rows at once."""
     fused_rope: bool = True

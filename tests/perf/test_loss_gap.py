@@ -316,7 +316,7 @@ def test_the_command(easy_vqa: Path, options: list[str], code: int) -> None:
     gap = rows[f"{name} against BF16: gap of the last 1 steps"]
     assert gap["ok"] is (code == 0)
     assert code or gap["value"] == 0
-    twin = rows["BF16, train.fused_loss=true against BF16: gap of all steps"]
+    twin = rows["BF16, train.fused_loss=false against BF16: gap of all steps"]
     assert 0 < abs(twin["value"]) < 0.3
     others = [row for row in rows.values() if row["ok"] is not None and row is not gap]
     assert len(others) == 5

@@ -132,8 +132,8 @@ RECOMPUTE = {
     "full recompute": Piece(split={"train": {"recompute": "full"}}),
 }
 LOSS = {
-    "scored at once": Piece(),
-    "fused loss": Piece(split={"train": {"fused_loss": True}}),
+    "scored at once": Piece(split={"train": {"fused_loss": False}}),
+    "fused loss": Piece(),
 }
 STAGES = {"equal stages": Piece(), "unequal stages": Piece()}
 FROZEN = ("nothing frozen", "frozen tower", "frozen LLM", "projector alone", "frozen vision")

@@ -16,8 +16,8 @@ STEP_TOKENS = 16 * 4096
 """Of one step, for each process."""
 TEXT_TOKENS = 8_000_000
 RECIPES = ("delayed", "tensorwise", "blockwise")
-FUSED = ("train.fused_wgrad=true", "train.fused_loss=true")
-"""What is off until it is asked for."""
+UNFUSED = ("train.fused_wgrad=false", "train.fused_loss=false", "train.fused_rope=false")
+"""What is on until it is asked not to be."""
 ROWS, NAIVE_ROWS = 192, 32
 """Samples with pictures of a step, for each process: about as many tokens as ours; the naive
 baseline would take minutes for those, and loses little by its more frequent updates."""

@@ -117,7 +117,7 @@ def test_promises_are_over_the_best_of_all_peers(tmp_path) -> None:
     bf16, fp8, *_ = plan.ratios
     assert bf16.least == 1.10
     assert set(bf16.overs) == peers - {"Megatron-Core FP8"}
-    assert set(bf16.rows) == {"ours", "ours fused", "ours fused 16k"} == set(fp8.overs)
+    assert set(bf16.rows) == {"ours", "ours 16k", "ours unfused"} == set(fp8.overs)
     assert (set(fp8.rows), fp8.least) == ({"ours FP8", "ours FP8 16k"}, 1.35)
     kinds = [row.kind for row in plan.rows]
     assert kinds == sorted(kinds, key=lambda kind: (kind[:2] == "hf", kind != OURS))
