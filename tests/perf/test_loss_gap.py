@@ -239,7 +239,7 @@ def test_side_by_side_all_run_at_once_and_time_is_up_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures, starts, ends = train(
-        tmp_path, monkeypatch, ["4"], ["300"], ["4"], side_by_side=True, timeout_s=12.0
+        tmp_path, monkeypatch, ["4"], ["14"], ["4"], side_by_side=True, timeout_s=12.0
     )
     assert max(starts) < min(ends[0], ends[2])
     assert list(failures) == ["1"]
