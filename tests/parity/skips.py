@@ -27,7 +27,11 @@ def nan_in_loss(engine: TrainEngine) -> Iterator[None]:
     if engine.groups.rank < dist.get_world_size() - 1:
         yield
         return
-    with mock.patch.object(chunk, "loss_sum", lambda *args: loss_sum(*args) * NAN):
+
+    def poisoned(*args: Any, **keywords: Any) -> torch.Tensor:
+        return loss_sum(*args, **keywords) * NAN
+
+    with mock.patch.object(chunk, "loss_sum", poisoned):
         yield
 
 

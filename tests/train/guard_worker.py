@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -68,7 +69,15 @@ class Spoiler:
         elif what == "loss":
             chunk = engine.parts.chunks[-1]
             honest = chunk.loss_sum
-            with mock.patch.object(chunk, "loss_sum", lambda *args: honest(*args) * factor):
+
+            def spoiled(hidden: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
+                if math.isnan(factor):
+                    return honest(hidden * factor, *args, **keywords)
+                loss = honest(hidden, *args, **keywords)
+                # The loss alone: the fused loss refuses a gradient that it was not told of.
+                return loss + (factor - 1) * loss.detach()
+
+            with mock.patch.object(chunk, "loss_sum", spoiled):
                 yield
         else:
             hook = engine.parts.llm_engine.trained[0].register_hook(lambda grad: grad * factor)
