@@ -106,9 +106,17 @@ def _mean_of_replicas(lab: Lab, fault: Fault) -> Row:
 def _mean_of_means(lab: Lab, fault: Fault) -> Row:
     loss_sum = LLMChunk.loss_sum
 
-    def averaged(chunk: LLMChunk, hidden_SBH: torch.Tensor, inputs: ModelInput) -> torch.Tensor:
+    def averaged(
+        chunk: LLMChunk,
+        hidden_SBH: torch.Tensor,
+        inputs: ModelInput,
+        *,
+        expected_grad: float | None = None,
+    ) -> torch.Tensor:
         # Times the mean count, so that only the weighting between micro-batches differs.
-        return loss_sum(chunk, hidden_SBH, inputs) / inputs.weights_R.sum() * tokens / ROWS
+        share = tokens / ROWS / float(inputs.weights_R.sum())
+        expected = None if expected_grad is None else expected_grad * share
+        return loss_sum(chunk, hidden_SBH, inputs, expected_grad=expected) * share
 
     case = lab.case(fault.layout)
     rows, _ = case.stream.rows(case.run, lab.alone(), 0)
