@@ -7,6 +7,7 @@ from torch import nn
 from ghostvis_mega.model.embedding import add_rows_
 from ghostvis_mega.model.loss import LossTargets, default_kernels, head_loss
 from ghostvis_mega.model.loss_kernels import LossKernels, TorchLossKernels
+from ghostvis_mega.parallel.groups import Groups
 from tests.model.loss_cases import SCALE, TOKENS, VOCABULARY, Case, Outcome, distance, make_case
 from tests.model.loss_cases import unfused as plain_outcome
 
@@ -16,18 +17,9 @@ GPU = torch.device("cuda", 0)
 BARS = {torch.float32: 5e-6, torch.bfloat16: 6e-3}
 
 
-class Alone:
-    """A group of one process, in which nothing is sent."""
-
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return 1
-
-
 def fused(
     case: Case,
+    groups: Groups,
     *,
     kernels: LossKernels | None = None,
     rows: int = 256,
@@ -48,7 +40,7 @@ def fused(
     )
     if straight:
         weight_VH.grad = weight_VH.main_grad = torch.ones_like(weight_VH, dtype=torch.float32)
-    loss = head_loss(hidden_RH, weight_VH, targets, group=Alone())
+    loss = head_loss(hidden_RH, weight_VH, targets, group=groups.tensor)
     (loss * SCALE).backward()
     assert weight_VH.grad.dtype == torch.float32
     change_VH = weight_VH.grad - 1.0 if straight else weight_VH.grad
@@ -65,34 +57,36 @@ def worst(one: Outcome, other: Outcome) -> float:
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
 @pytest.mark.parametrize("rows", [256, 300, 1000])
-def test_loss_and_gradients_are_exact(dtype: torch.dtype, rows: int) -> None:
+def test_loss_and_gradients_are_exact(groups: Groups, dtype: torch.dtype, rows: int) -> None:
     case = make_case(rows=600, hidden=128, dtype=dtype)
     truth = plain_outcome(case, dtype=torch.float64)
-    assert worst(fused(case, rows=rows), truth) <= BARS[dtype]
+    assert worst(fused(case, groups, rows=rows), truth) <= BARS[dtype]
     case.labels_R += 1
-    assert worst(fused(case, rows=rows), truth) > 0.1
+    assert worst(fused(case, groups, rows=rows), truth) > 0.1
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
-def test_the_fused_kernels_are_pytorchs(dtype: torch.dtype) -> None:
+def test_the_fused_kernels_are_pytorchs(groups: Groups, dtype: torch.dtype) -> None:
     assert type(default_kernels(GPU)).__name__ == "TritonLossKernels"
     case = make_case(rows=600, hidden=128, dtype=dtype)
-    ours, theirs = fused(case), fused(case, kernels=TorchLossKernels())
+    ours, theirs = fused(case, groups), fused(case, groups, kernels=TorchLossKernels())
     assert worst(ours, theirs) <= (1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_equal_input_gives_equal_bits() -> None:
+def test_equal_input_gives_equal_bits(groups: Groups) -> None:
     case = make_case(rows=600, hidden=128, dtype=torch.bfloat16)
-    first, second = fused(case), fused(case)
+    first, second = fused(case, groups), fused(case, groups)
     assert all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
-def test_the_sum_of_micro_batches_gets_the_same_gradient(dtype: torch.dtype) -> None:
+def test_the_sum_of_micro_batches_gets_the_same_gradient(
+    groups: Groups, dtype: torch.dtype
+) -> None:
     case = make_case(rows=600, hidden=128, dtype=dtype)
     truth = plain_outcome(case, dtype=torch.float64)
     # Ones that come and go cost a few bits.
-    assert worst(fused(case, straight=True), truth) <= max(BARS[dtype], 2e-5)
+    assert worst(fused(case, groups, straight=True), truth) <= max(BARS[dtype], 2e-5)
 
 
 def test_rows_of_the_embedding_add_up_in_the_same_order_each_time() -> None:
