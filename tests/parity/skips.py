@@ -21,15 +21,16 @@ NAN = float("nan")
 
 @contextlib.contextmanager
 def nan_in_loss(engine: TrainEngine) -> Iterator[None]:
-    """The loss of every micro-batch of the last rank, which is on the last stage."""
+    """What the loss of every micro-batch sees on the last rank, which is on the last stage."""
     chunk = engine.parts.chunks[-1]
     loss_sum = chunk.loss_sum
     if engine.groups.rank < dist.get_world_size() - 1:
         yield
         return
 
-    def poisoned(*args: Any, **keywords: Any) -> torch.Tensor:
-        return loss_sum(*args, **keywords) * NAN
+    def poisoned(hidden: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
+        # Not the sum itself: the fused loss has its gradients by then.
+        return loss_sum(hidden * NAN, *args, **keywords)
 
     with mock.patch.object(chunk, "loss_sum", poisoned):
         yield
