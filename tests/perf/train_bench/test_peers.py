@@ -149,14 +149,14 @@ def test_two_peers_of_equal_weights_have_equal_losses(
 def test_megatron_core_with_our_weights_has_our_loss(
     text: Path, tmp_path: Path, groups: "Groups", layer: str, same: bool
 ) -> None:
-    """Its model is ours, not a smaller one; without one layer's MLP weights it is another."""
+    """Its model and its updates are ours; without one layer's MLP weights it is another."""
     from ghostvis_mega.perf.train_bench.megatron_peer import MegatronTrainer
 
     run = text_run("megatron", text, tmp_path)
     trainer = MegatronTrainer(run, groups, device=CPU, fused_wgrad=False)
     theirs = dict(trainer.model.module.named_parameters())
     # Ours on the same rows; packs would hold other samples.
-    expected = train("ours", run, groups, steps=1)[0].loss
+    expected = [record.loss for record in train("ours", run, groups)]
     (chunk,) = build_chunks(run, groups, device=CPU, dtype=torch.float32)
     ours = dict(chunk.named_parameters())
     ours["embedding.word_embeddings.weight"] = ours.pop("embedding.weight")
@@ -165,9 +165,11 @@ def test_megatron_core_with_our_weights_has_our_loss(
         for name, parameter in ours.items():
             if not (layer and name.startswith(layer)):
                 theirs[name].copy_(parameter)
-    loss = trainer.step(0).loss
+    losses = [trainer.step(step).loss for step in range(len(expected))]
     trainer.close()
-    assert (loss == pytest.approx(expected, abs=1e-5)) is same
+    assert (losses[0] == pytest.approx(expected[0], abs=1e-5)) is same
+    # Adam makes whole updates out of rounding where a gradient is nothing else, as of key biases.
+    assert (losses == pytest.approx(expected, abs=2e-4)) is same, (losses, expected)
 
 
 def _slow():
