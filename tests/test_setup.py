@@ -109,7 +109,7 @@ def test_every_marker_in_use_is_declared() -> None:
     assert "--strict-markers" in options["addopts"]
     assert options["filterwarnings"][0] == "error"
     declared = {line.split(":")[0].split("(")[0] for line in options["markers"]}
-    assert declared == {"gpu", "slow", "world_size"}
+    assert declared == {"durability", "gpu", "slow", "world_size"}
 
 
 def fake_python(folder: Path, name: str, *, version: str, has_venv: bool = True) -> None:

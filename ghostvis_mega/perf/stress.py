@@ -112,9 +112,10 @@ def poison(engine: TrainEngine, stream: Stream) -> None:
     chunk = engine.parts.chunks[-1]
     honest = chunk.loss_sum
 
-    def loss_sum(*args: Any) -> torch.Tensor:
+    def loss_sum(*args: Any, expected_grad: float) -> torch.Tensor:
         factor = float("nan") if stream.poisoned == stream.groups.rank else 1.0
-        return honest(*args) * factor
+        # The fused loss makes its gradients at once, for the gradient that it will get.
+        return honest(*args, expected_grad=expected_grad * factor) * factor
 
     chunk.loss_sum = loss_sum
 
