@@ -64,6 +64,11 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
             f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves pipeline stages, but "
             "parallel.pipeline=1. Set virtual_pipeline: 1, or pipeline to 2 or more."
         )
+    if cfg.tower.window and p.pipeline > 1:
+        yield (
+            f"tower.window={cfg.tower.window} would empty the pipeline after each window, but "
+            f"parallel.pipeline={p.pipeline}. Set tower.window: 0, or pipeline: 1."
+        )
 
 
 def _division_problems(cfg: RunConfig) -> Iterator[str]:

@@ -210,9 +210,14 @@ class ParallelConfig(Section):
 class TowerConfig(Section):
     """How the vision tower runs; it is replicated and its images are spread over all ranks."""
 
-    backward: Literal["recompute", "keep"] = "recompute"
-    """`recompute` runs the forward twice and keeps no activations meanwhile; `keep` does not."""
+    backward: Literal["auto", "recompute", "keep"] = "auto"
+    """`recompute` runs the forward twice and keeps no activations meanwhile; `keep` does not.
+    `auto` keeps where little is kept: with `window`, or where the tower is frozen."""
     images_per_forward: Positive = 64
+    window: NonNegative = 0
+    """Micro-batches whose pictures are encoded, read and differentiated before those of the next
+    ones, so that the activations of so few are there at a time; 0: all of the step. Each window
+    would empty a pipeline, so it takes pipeline=1."""
 
 
 class LearningRates(Section):

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ghostvis_mega.model.inputs import ModelInput
 from ghostvis_mega.model.llm import LLMChunk
+from ghostvis_mega.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def gather_vision(item: Work, pictures: dict[int, Picture]) -> torch.Tensor | No
     if not parts:
         return None
     held_nH = torch.cat(parts)
-    return held_nH[torch.cat(places).to(held_nH.device)] if picked else held_nH
+    return held_nH[to_device(torch.cat(places), held_nH.device)] if picked else held_nH
 
 
 def _run(

@@ -28,11 +28,11 @@ from ghostvis_mega.engine.pipeline import Picture, Work, run_training_schedule
 from ghostvis_mega.engine.vision import VisionRunner
 from ghostvis_mega.model.dropout import Draw
 from ghostvis_mega.model.inputs import model_input
-from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
 from ghostvis_mega.parallel.groups import Groups
-from ghostvis_mega.parallel.image_rows import ImageRows
+from ghostvis_mega.parallel.windows import PictureWindow
 from ghostvis_mega.utils.timing import SectionTimer
+from ghostvis_mega.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,10 @@ class StepInput:
 
     micro_batches: Sequence[MicroBatch]
     """Of this rank's replica."""
-    dispatch: ImageDispatch
-    pixels_N3hw: torch.Tensor
-    """uint8, the pictures this rank encodes, by ascending id."""
+    windows: Sequence[PictureWindow]
+    """Their pictures, stretch by stretch; together as many micro-batches."""
     trained_tokens: float
     """Sum of the loss weights over the whole global batch."""
-    image_rows: ImageRows | None = None
-    """What each context-parallel rank needs of the pictures; None without context parallelism."""
     damage: Damage = Damage()
     """What this rank could not read; all ranks must have agreed on it before the step."""
     step: int = 0
@@ -145,24 +142,46 @@ class TrainEngine:
         Returns:
             This replica's loss sum on the last pipeline stage, 0 before it.
         """
-        gradients_wanted = self.parts.vision_engine is not None
-        exchange = EmbeddingExchange(batch.dispatch, self.groups, batch.image_rows)
-        pictures = self.image_embeddings(exchange, batch.pixels_N3hw, for_training=gradients_wanted)
-        with ExitStack() as reductions, self.timer.section("llm"):
-            if self.parts.llm_engine is not None:
-                reductions.enter_context(self.parts.llm_engine.reduce_once())
-            loss_sum = run_training_schedule(
-                self.parts.chunks,
-                self.work(batch.micro_batches, dropout=Draw.of(self.run, step=batch.step)),
-                pictures,
-                loss_scale=self.loss_scale(batch),
-            )
-            if self.parts.llm_engine is not None:
-                self.finish_llm_gradients()
-        if gradients_wanted:
-            with self.parts.vision_engine.reduce_once():
-                self.vision_backward(exchange, pictures)
-        return loss_sum
+        llm, vision = self.parts.llm_engine, self.parts.vision_engine
+        self._embeddings_not_finite = torch.zeros((), device=self.device)
+        sums, done = [], 0
+        with ExitStack() as vision_reductions, ExitStack() as llm_reductions:
+            for number, window in enumerate(batch.windows):
+                micro_batches = batch.micro_batches[done : done + window.num_micro_batches]
+                done += len(micro_batches)
+                exchange = EmbeddingExchange(window.dispatch, self.groups, window.image_rows)
+                pictures = self.image_embeddings(
+                    exchange, window.pixels_N3hw, for_training=vision is not None
+                )
+                if number == 0 and llm is not None:
+                    # Not before the pictures: it takes memory for all gradients.
+                    llm_reductions.enter_context(llm.reduce_once())
+                with self.timer.section("llm"):
+                    sums.append(self.train_llm(batch, micro_batches, pictures))
+                    if done == len(batch.micro_batches) and llm is not None:
+                        self.finish_llm_gradients()
+                if done == len(batch.micro_batches):
+                    llm_reductions.close()
+                if vision is not None:
+                    if number == 0:
+                        vision_reductions.enter_context(vision.reduce_once())
+                    self.vision_backward(exchange, pictures)
+        return torch.stack(sums).sum()
+
+    def train_llm(
+        self,
+        batch: StepInput,
+        micro_batches: Sequence[MicroBatch],
+        pictures: dict[int, Picture],
+    ) -> torch.Tensor:
+        """The LLM's forward and backward over some micro-batches of a step; returns their loss
+        sum."""
+        return run_training_schedule(
+            self.parts.chunks,
+            self.work(micro_batches, dropout=Draw.of(self.run, step=batch.step)),
+            pictures,
+            loss_scale=self.loss_scale(len(micro_batches), trained_tokens=batch.trained_tokens),
+        )
 
     def image_embeddings(
         self, exchange: EmbeddingExchange, pixels_N3hw: torch.Tensor, *, for_training: bool
@@ -171,8 +190,10 @@ class TrainEngine:
         if self.vision is None:
             return {}
         with self.timer.section("vision"):
-            own_NTH = self.vision.encode(pixels_N3hw.to(self.device), for_training=for_training)
-            self._embeddings_not_finite = not_finite([own_NTH], device=self.device)
+            pixels_N3hw = to_device(pixels_N3hw, self.device)
+            own_NTH = self.vision.encode(pixels_N3hw, for_training=for_training)
+            found = not_finite([own_NTH], device=self.device)
+            self._embeddings_not_finite = torch.maximum(self._embeddings_not_finite, found)
         with self.timer.section("exchange"):
             wanted = exchange.embeddings(own_NTH)
         pictures = {}
@@ -203,15 +224,19 @@ class TrainEngine:
             for batch in micro_batches
         ]
 
-    def loss_scale(self, batch: StepInput) -> float:
+    def loss_scale(self, num_micro_batches: int, *, trained_tokens: float) -> float:
         """Factor that makes the averages of schedule and DeepSpeed a mean over the global batch's
         trained tokens.
 
         The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size,
         whatever the micro-batches hold; the objective must not depend on either. DeepSpeed also
         divides by the context-parallel size, by which Megatron-Core multiplies the loss.
+
+        Args:
+            num_micro_batches: Of this call of the schedule.
+            trained_tokens: Sum of the loss weights over the whole global batch.
         """
-        return len(batch.micro_batches) * self.groups.degrees.data / batch.trained_tokens
+        return num_micro_batches * self.groups.degrees.data / trained_tokens
 
     def finish_llm_gradients(self) -> None:
         """Complete the LLM's local gradients: zeros for unused ones, sums over sequence and tied

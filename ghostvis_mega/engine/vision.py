@@ -6,19 +6,28 @@ from ghostvis_mega.config.schema import TowerConfig
 from ghostvis_mega.model.vision import VisionEncoder
 
 
+def keeps_graphs(encoder: VisionEncoder, settings: TowerConfig) -> bool:
+    """Whether activations are held from the forward to the backward."""
+    if settings.backward != "auto":
+        return settings.backward == "keep"
+    # Of a frozen tower nothing is held, and a second forward would be its dearest part.
+    return settings.window > 0 or not any(p.requires_grad for p in encoder.tower.parameters())
+
+
 class VisionRunner:
     """Forward now, backward when the gradients have come back.
 
     Args:
         encoder: Tower, resampler and projector.
         settings: `recompute` keeps nothing in between and runs the forward twice; `keep` holds the
-            graph.
+            graph; `auto` is one of them.
         width: LLM hidden size.
     """
 
     def __init__(self, encoder: VisionEncoder, settings: TowerConfig, *, width: int):
         self.encoder, self.settings, self.width = encoder, settings, width
         self.trains = any(p.requires_grad for p in encoder.parameters())
+        self.keeps = keeps_graphs(encoder, settings)
         self._pixels: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
 
@@ -32,7 +41,7 @@ class VisionRunner:
         self._pixels = (
             list(pixels_N3hw.split(self.settings.images_per_forward)) if len(pixels_N3hw) else []
         )
-        keep = for_training and self.trains and self.settings.backward == "keep"
+        keep = for_training and self.trains and self.keeps
         with torch.set_grad_enabled(keep):
             outputs = [self.encoder(part) for part in self._pixels]
         self._kept = outputs if keep else []

@@ -9,6 +9,7 @@ from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.model.attention import SegmentedParams, segmented_params
 from ghostvis_mega.model.context import WHOLE, ContextSlice, row_owners
 from ghostvis_mega.model.dropout import Draw, position_keys
+from ghostvis_mega.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def model_input(
     lengths = segment_lengths(batch)
 
     def move(x: torch.Tensor) -> torch.Tensor:
-        # Out of pageable memory the copy would wait for all that the GPU has been given.
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+        return to_device(x, device)
 
     packed = None
     if batch.cu_seqlens is not None:

@@ -39,8 +39,15 @@ class ImageDispatch:
     def imbalance(self) -> float:
         """Patches of the busiest rank over the mean; 1.0 is perfect, 0.0 means no pictures at
         all."""
-        loads = self.loads
-        return max(loads) * len(loads) / sum(loads) if any(loads) else 0.0
+        return imbalance([self])
+
+
+def imbalance(dispatches: Sequence[ImageDispatch]) -> float:
+    """Patches of the busiest rank of each window over the mean, all windows together: ranks wait
+    for each other in every one."""
+    loads = [dispatch.loads for dispatch in dispatches]
+    total = sum(sum(each) for each in loads)
+    return sum(max(each) * len(each) for each in loads) / total if total else 0.0
 
 
 def dispatch_images(

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.parallel.image_rows import ImageRows
+from ghostvis_mega.utils.transfer import to_device
 
 _WHOLE = np.zeros(1, dtype=np.int64)
 """The one unit of a picture that travels whole."""
 
 
 class EmbeddingExchange:
-    """The two all-to-alls of one step; every rank of the world takes part in each, also with
-    nothing to send.
+    """The two all-to-alls of one window of a step; every rank of the world takes part in each, also
+    with nothing to send.
 
     Args:
         dispatch: Owners and needs, the same on all ranks.
@@ -127,7 +128,7 @@ class EmbeddingExchange:
         first = {image: index * self._units for index, image in enumerate(self.own)}
         parts = [first[image] + needs[image] for ids, needs in lists for image in ids]
         index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-        return torch.from_numpy(index).to(device)
+        return to_device(torch.from_numpy(index), device)
 
     def _all_to_all(
         self, units: torch.Tensor, *, sent: list[int], received: list[int]

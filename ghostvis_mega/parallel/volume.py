@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ghostvis_mega.config.schema import RunConfig
-from ghostvis_mega.parallel.dispatch import ImageDispatch
+from ghostvis_mega.parallel.dispatch import ImageDispatch, imbalance
 from ghostvis_mega.parallel.groups import Place
 from ghostvis_mega.parallel.image_rows import ImageRows
+from ghostvis_mega.parallel.windows import PictureWindow
 
 
 @dataclass(frozen=True)
@@ -76,33 +77,37 @@ def embedding_bytes(*, tokens_per_image: int, hidden_size: int) -> int:
 
 
 def dispatch_figures(
-    dispatch: ImageDispatch,
-    run: RunConfig,
-    places: Sequence[Place],
-    *,
-    rows: ImageRows | None,
+    windows: Sequence[PictureWindow], run: RunConfig, places: Sequence[Place]
 ) -> dict[str, float]:
     """What a step reports of its dispatch (`StepMetrics.dispatch`); empty for a text model.
 
     Args:
-        dispatch: Owners and needs.
+        windows: Of the step.
         run: Settings.
         places: Coordinates of every rank.
-        rows: What each context-parallel rank needs; None without context parallelism.
     """
     if run.model.vision is None:
         return {}
-    volume = exchange_volume(
-        dispatch,
-        places,
-        bytes_per_image=embedding_bytes(
-            tokens_per_image=run.model.tokens_per_image, hidden_size=run.model.llm.hidden_size
-        ),
-        rows=rows,
-        gradients=any(module != "llm" for module in run.trained_modules),
+    size = embedding_bytes(
+        tokens_per_image=run.model.tokens_per_image, hidden_size=run.model.llm.hidden_size
+    )
+    volumes = [
+        exchange_volume(
+            window.dispatch,
+            places,
+            bytes_per_image=size,
+            rows=window.image_rows,
+            gradients=any(module != "llm" for module in run.trained_modules),
+        )
+        for window in windows
+    ]
+    volume = ExchangeVolume(
+        sent=np.sum([each.sent for each in volumes], axis=0),
+        received=np.sum([each.received for each in volumes], axis=0),
+        local=sum(each.local for each in volumes),
     )
     return {
-        "imbalance": dispatch.imbalance(),
+        "imbalance": imbalance([window.dispatch for window in windows]),
         "sent_mean": float(volume.sent.mean()),
         "sent_max": float(volume.sent.max()),
         "received_max": float(volume.received.max()),

@@ -20,6 +20,7 @@ from ghostvis_mega.engine.inspect import reduced_gradient, relative_errors
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.parallel.windows import own_pictures
 from ghostvis_mega.perf.reference import PlainTrainer
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.utils.figures import Figure, at_most, measured
@@ -53,7 +54,7 @@ def write_true_gradients(
     """Compute the first step's gradients in one plain fp32 process and store them; returns the
     loss."""
     batch, work = Feed(run, groups, Dataset.open(run.data.train)).get(0)
-    pictures = dict(zip(work.dispatch.encode[0], work.pixels_N3hw, strict=True))
+    pictures = own_pictures(work.windows, 0)
     trainer = PlainTrainer(run, groups, device=device)
     loss = trainer.backward(work.micro_batches, pictures)
     save_file({name: g.cpu().contiguous() for name, g in trainer.gradients().items()}, path)

@@ -119,9 +119,7 @@ class GuardedSteps:
             result = self.engine.step(work, step=self.done, accept=accept)
         if guarded:
             corpus = self.feed.corpus
-            self._on_host(
-                lambda: self.guards.after(self.done, result, batch, work.dispatch, corpus)
-            )
+            self._on_host(lambda: self.guards.after(self.done, result, batch, work.windows, corpus))
             self.left_out += result.skipped
         self._loss = result.loss
         self._wait()

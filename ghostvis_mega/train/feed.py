@@ -21,6 +21,7 @@ from ghostvis_mega.model.flops import BatchFlops, batch_flops
 from ghostvis_mega.parallel.dispatch import ImageDispatch, dispatch_images
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
+from ghostvis_mega.parallel.windows import PictureWindow, cut_windows
 from ghostvis_mega.utils.errors import DataError
 
 
@@ -143,9 +144,26 @@ class Feed:
     def _read(self, step: int) -> tuple[GlobalBatch, StepInput]:
         samples, images = self._reading.found = (set(), set())
         batch = self.source.global_batch(step)
+        micro_batches = [
+            self.source.micro_batch(micro) for micro in batch.replicas[self.groups.place.data]
+        ]
+        windows = [
+            self._window(batch, part)
+            for part in cut_windows(len(batch.replicas[0]), self.run.tower.window)
+        ]
+        return batch, StepInput(
+            micro_batches=micro_batches,
+            windows=windows,
+            trained_tokens=batch.trained_tokens,
+            damage=Damage(samples=frozenset(samples), images=frozenset(images)),
+            step=step,
+        )
+
+    def _window(self, batch: GlobalBatch, part: slice) -> PictureWindow:
+        replicas = [replica[part] for replica in batch.replicas]
         wanted = [
             [image for micro in replica for row in micro for image in row.image_ids]
-            for replica in batch.replicas
+            for replica in replicas
         ]
         # All pictures are resized to the tower's size and cost the same: no `patches`.
         dispatch = dispatch_images(wanted, self.groups.places)
@@ -161,9 +179,6 @@ class Feed:
                 for image in own
             ]
         vision = self.run.model.vision
-        micro_batches = [
-            self.source.micro_batch(micro) for micro in batch.replicas[self.groups.place.data]
-        ]
         pixels_N3hw = load_pixels(
             self.corpus,
             own,
@@ -171,23 +186,20 @@ class Feed:
             seeds=seeds,
             on_damage=self._note_image,
         )
-        return batch, StepInput(
-            micro_batches=micro_batches,
+        return PictureWindow(
+            num_micro_batches=len(replicas[0]),
             dispatch=dispatch,
             pixels_N3hw=pixels_N3hw,
-            trained_tokens=batch.trained_tokens,
-            image_rows=self._image_rows(batch),
-            damage=Damage(samples=frozenset(samples), images=frozenset(images)),
-            step=step,
+            image_rows=self._image_rows(replicas),
         )
 
-    def _image_rows(self, batch: GlobalBatch) -> ImageRows | None:
+    def _image_rows(self, replicas: Sequence[Sequence[Sequence[SequenceMeta]]]) -> ImageRows | None:
         context = self.groups.degrees.context
         if context == 1:
             return None
         layouts = [
             [self.source.layout(row) for micro in replica for row in micro if row.image_ids]
-            for replica in batch.replicas
+            for replica in replicas
         ]
         width = self.run.model.tokens_per_image
         return image_rows(layouts, tokens_per_image=width, context=context)

@@ -16,8 +16,8 @@ from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.data.corpus import Corpus
 from ghostvis_mega.engine.step import NOT_FINITE, REFUSED, StepResult
-from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.groups import Place
+from ghostvis_mega.parallel.windows import PictureWindow, images_of
 from ghostvis_mega.train.lines import LineFile
 from ghostvis_mega.train.spikes import SpikeDetector
 
@@ -49,7 +49,7 @@ class Suspects:
         cls,
         result: StepResult,
         batch: GlobalBatch,
-        dispatch: ImageDispatch,
+        windows: Sequence[PictureWindow],
         places: Sequence[Place],
         corpus: Corpus,
     ) -> "Suspects":
@@ -57,7 +57,7 @@ class Suspects:
         of the whole batch where no rank is known."""
         ranks = result.ranks or range(len(places))
         if result.cause in _OF_PICTURES:
-            images = {image for rank in ranks for image in dispatch.encode[rank]}
+            images = {image for rank in ranks for image in images_of(windows, rank)}
             samples = {
                 sample
                 for row in batch.sequences
@@ -108,7 +108,7 @@ class Guards:
         step: int,
         result: StepResult,
         batch: GlobalBatch,
-        dispatch: ImageDispatch,
+        windows: Sequence[PictureWindow],
         corpus: Corpus,
     ) -> Action:
         """What to do after a step, counted from 0; writes down what was left out."""
@@ -117,7 +117,7 @@ class Guards:
             self.spikes.take(result.loss)
             return Action.GO_ON
         self.skipped_in_a_row += 1
-        suspects = Suspects.of(result, batch, dispatch, self.places, corpus)
+        suspects = Suspects.of(result, batch, windows, self.places, corpus)
         self._write(step + 1, result, suspects)
         if self.skipped_in_a_row >= self.run.guards.max_skipped:
             return Action.STOP

@@ -10,7 +10,6 @@ from typing import NoReturn
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
 from ghostvis_mega.parallel.calls import CallWatch
-from ghostvis_mega.parallel.dispatch import ImageDispatch
 from ghostvis_mega.parallel.volume import dispatch_figures
 from ghostvis_mega.train.damage import agree_before_step
 from ghostvis_mega.train.feed import Feed
@@ -73,8 +72,10 @@ class Loop:
                 if saved < step:
                     self.checkpoint(step)
                 break
-            result, dispatch = self.take(step, fetched)
-            action = self.guards.after(step, result, fetched.batch, dispatch, self.feed.corpus)
+            result = self.take(step, fetched)
+            action = self.guards.after(
+                step, result, fetched.batch, fetched.work.windows, self.feed.corpus
+            )
             if action is Action.STOP:
                 self.refuse(done, result)
             if action is Action.ROLL_BACK:
@@ -107,7 +108,7 @@ class Loop:
         data_s = time.perf_counter() - began
         return Fetched(batch, work, began=began, read_s=read_s, data_s=data_s)
 
-    def take(self, step: int, fetched: "Fetched") -> tuple[StepResult, ImageDispatch]:
+    def take(self, step: int, fetched: "Fetched") -> StepResult:
         """Train on a batch, and tell the observers."""
         work, slow = fetched.work, self.slow_ranks
         if slow is not None:
@@ -123,14 +124,15 @@ class Loop:
             self.calls.waiting = None
             waits = self.engine.timer.waits
             own_s = {name: value - waits.get(name, 0.0) for name, value in timing.items()}
-            own_work = work_of(work, rank=self.engine.groups.rank)
+            groups = self.engine.groups
+            own_work = work_of(work, places=groups.places, rank=groups.rank)
             slow.note(own_s | {"data": fetched.read_s}, own_work)
         if slow is not None:
             slow.judge(result.told, step=step)
         self.goodput.step(step + 1, seconds=seconds, data=fetched.data_s, skipped=result.skipped)
         metrics = self.measure(step, fetched.batch, result, timing, work=work, seconds=seconds)
         self.observers.on_step(metrics)
-        return result, work.dispatch
+        return result
 
     def refuse(self, done: int, result: StepResult) -> NoReturn:
         """Stop a run that does not come back by itself."""
@@ -202,15 +204,13 @@ class Loop:
             },
             tokens=batch.num_tokens,
             trained_tokens=batch.trained_tokens,
-            images=work.dispatch.num_images,
+            images=len(batch.image_ids),
             samples=batch.num_samples,
             seconds=seconds,
             timing=timing,
             flops_llm=flops.llm.total,
             flops_vision=flops.vision.total,
-            dispatch=dispatch_figures(
-                work.dispatch, run, self.engine.groups.places, rows=work.image_rows
-            ),
+            dispatch=dispatch_figures(work.windows, run, self.engine.groups.places),
             goodput=self.goodput.share,
         )
 

@@ -45,15 +45,24 @@ class SlowRank:
     """Its time over what the others would have taken for its work."""
 
 
-def work_of(work: StepInput, *, rank: int) -> dict[str, float]:
-    """What a rank has to do in each section of a step, in units of its own."""
-    own = len(work.dispatch.encode[rank])
+def work_of(work: StepInput, *, places: Sequence[Place], rank: int) -> dict[str, float]:
+    """What a rank has to do in each section of a step, in units of its own.
+
+    Args:
+        work: Of this rank.
+        places: Of every rank.
+        rank: This one.
+    """
+    place = places[rank]
+    dispatches = [window.dispatch for window in work.windows]
+    own = sum(len(dispatch.encode[rank]) for dispatch in dispatches)
+    wanted = sum(len(dispatch.wanted[place.data]) for dispatch in dispatches)
     positions = sum(micro.tokens_BS.numel() for micro in work.micro_batches)
     return {
         "data": 1 + own,
         "vision": 1 + own,
         "llm": 1 + positions,
-        "exchange": 1 + own + len(work.dispatch.wanted[rank]),
+        "exchange": 1 + own + (wanted if place.pipeline == 0 else 0),
     }
 
 

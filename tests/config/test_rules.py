@@ -20,6 +20,7 @@ GOOD = [
     ([*FOUR_STAGES, "parallel.first_stage_layers=1", "parallel.last_stage_layers=1"], 4),
     (["data.packing=false", "batch.micro_size=4"], 4),
     (["train.precision=bf16"], 1),
+    (["tower.window=2", "parallel.tensor=2"], 4),
     (["train.freeze=[llm, vision]"], 2),
     (["model.connector.kind=mlp", "model.connector.tokens_per_image=null"], 2),
     (["model.connector.kind=avgpool_mlp", "model.connector.tokens_per_image=64"], 2),
@@ -50,6 +51,12 @@ WRONG = {
     ),
     "odd head": (["model.llm.head_dim=33"], 1, "model.llm.head_dim=33", "Use 34"),
     "image size": (["model.vision.image_size=60"], 1, "model.vision.image_size=60", "Use 56 or 64"),
+    "windows in a pipeline": (
+        [*TWO_STAGES, "model.llm.num_layers=4", "tower.window=2"],
+        4,
+        "tower.window=2",
+        "Set tower.window: 0",
+    ),
     "tower heads": (["model.vision.num_heads=7"], 1, "model.vision.num_heads=7", "1, 2, 4"),
     "feature layer": (
         ["model.vision.feature_layer=-9"],

@@ -78,12 +78,13 @@ def open_feed(
 
 def step_hash(batch: GlobalBatch, work: StepInput) -> str:
     """SHA-256 over every tensor, picture and id that a rank gets for a step."""
-    digest = hashlib.sha256(repr((batch, work.dispatch, work.trained_tokens)).encode())
+    (window,) = work.windows
+    digest = hashlib.sha256(repr((batch, window.dispatch, work.trained_tokens)).encode())
     for micro in work.micro_batches:
         for name in ("tokens_BS", "labels_BS", "weights_BS", "positions_BS", "cu_seqlens"):
             tensor = getattr(micro, name)
             assert isinstance(tensor, torch.Tensor)
             digest.update(tensor.numpy().tobytes())
         digest.update(repr((micro.images, micro.sample_ids)).encode())
-    digest.update(work.pixels_N3hw.numpy().tobytes())
+    digest.update(window.pixels_N3hw.numpy().tobytes())
     return digest.hexdigest()

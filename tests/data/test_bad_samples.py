@@ -65,7 +65,7 @@ def test_a_damaged_sample_keeps_its_shape_and_trains_nothing(folder: Path) -> No
     feed = feeds.open_feed(folder, *ALONE)
     batch, after = feed.get(step)
     assert batch == good.source.global_batch(step)
-    assert after.dispatch == before.dispatch
+    assert after.windows[0].dispatch == before.windows[0].dispatch
     touched = 0
     for old, new in zip(before.micro_batches, after.micro_batches, strict=True):
         assert torch.equal(old.cu_seqlens, new.cu_seqlens)
@@ -102,9 +102,10 @@ def test_a_damaged_picture_is_black_and_the_others_are_not(folder: Path) -> None
     _flip(folder / "a.gvd" / "media/00000.tar", int(record["offset"]) + int(record["size"]) // 2)
     feed = feeds.open_feed(folder, *ALONE)
     _, after = feed.get(0)
-    same = (before.pixels_N3hw == after.pixels_N3hw).flatten(1).all(dim=1)
+    old, new = (work.windows[0].pixels_N3hw for work in (before, after))
+    same = (old == new).flatten(1).all(dim=1)
     assert same.tolist() == [index != 2 for index in range(len(batch.image_ids))]
-    assert after.pixels_N3hw[2].sum() == 0 < before.pixels_N3hw[2].sum()
+    assert new[2].sum() == 0 < old[2].sum()
     (line,) = _ledger(folder)
     assert (line["kind"], line["image"]) == ("image", image)
 

@@ -167,10 +167,10 @@ def _same_set(whole: tuple, parts: list[tuple]) -> None:
     weights = sum(float(m.weights_BS.sum()) for _, part in parts for m in part.micro_batches)
     assert {part.trained_tokens for _, part in parts} == {work.trained_tokens} == {weights}
     decoded = Counter(
-        i for _, part in parts for ids in [part.dispatch.encode] for r in ids for i in r
+        i for _, part in parts for ids in part.windows[0].dispatch.encode for i in ids
     )
     assert set(decoded) == set(batch.image_ids)
-    assert sum(len(part.pixels_N3hw) for _, part in parts) == len(batch.image_ids)
+    assert sum(len(part.windows[0].pixels_N3hw) for _, part in parts) == len(batch.image_ids)
 
 
 def test_a_chain_of_4_2_and_3_ranks_reads_each_sample_once_an_epoch(folder: Path) -> None:

@@ -14,6 +14,7 @@ from ghostvis_mega.parallel.exchange import EmbeddingExchange
 from ghostvis_mega.parallel.groups import Place
 from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
 from ghostvis_mega.parallel.volume import dispatch_figures, exchange_volume
+from ghostvis_mega.parallel.windows import PictureWindow
 from tests.parallel.test_dispatch import batches, grid
 from tests.parallel.test_image_rows import TOKENS, replicas
 
@@ -157,7 +158,11 @@ def test_figures_of_a_step() -> None:
         ),
         trained_modules=("llm", "projector"),
     )
-    figures = dispatch_figures(dispatch, run, places, rows=None)
+
+    def window(dispatch: ImageDispatch, rows: ImageRows | None = None) -> PictureWindow:
+        return PictureWindow(1, dispatch, torch.zeros(0, 3, 4, 4, dtype=torch.uint8), rows)
+
+    figures = dispatch_figures([window(dispatch)], run, places)
     assert figures == {
         "imbalance": pytest.approx(4 / 3),
         "sent_mean": 128.0,
@@ -167,8 +172,12 @@ def test_figures_of_a_step() -> None:
     }
     layouts = [SequenceLayout(segments=(8,), image_ids=(i,), image_starts=(0,)) for i in (1, 2, 3)]
     rows = image_rows([layouts, []], tokens_per_image=4, context=1)
-    assert dispatch_figures(dispatch, run, places, rows=rows) == figures
+    assert dispatch_figures([window(dispatch, rows)], run, places) == figures
+    # Of two windows the bytes add up; the busiest rank of each counts.
+    other = dispatch_images([[], [4]], places)
+    both = dispatch_figures([window(dispatch), window(other)], run, places)
+    assert both["sent_mean"] == 128.0 and both["imbalance"] == pytest.approx((2 + 1) * 2 / 4)
     run.trained_modules = ("llm",)
-    assert dispatch_figures(dispatch, run, places, rows=None)["sent_mean"] == 64.0
+    assert dispatch_figures([window(dispatch)], run, places)["sent_mean"] == 64.0
     run.model.vision = None
-    assert dispatch_figures(dispatch, run, places, rows=None) == {}
+    assert dispatch_figures([window(dispatch)], run, places) == {}

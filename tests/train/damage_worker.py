@@ -11,6 +11,7 @@ from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import build_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.parallel.windows import PictureWindow
 from ghostvis_mega.train.damage import agree_on_damage
 from tests.launch import write_result
 
@@ -67,8 +68,13 @@ def main() -> None:
     }.items():
         work = StepInput(
             micro_batches=[micro_batch(p) for p in packs],
-            dispatch=dispatch_images([[7, 8]], groups.places),
-            pixels_N3hw=torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+            windows=[
+                PictureWindow(
+                    num_micro_batches=2,
+                    dispatch=dispatch_images([[7, 8]], groups.places),
+                    pixels_N3hw=torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+                )
+            ],
             trained_tokens=10,
             damage=damage if groups.rank == 1 else Damage(),
         )

@@ -17,6 +17,7 @@ from ghostvis_mega.data.images import load_pixels
 from ghostvis_mega.data.pixels import ImageError
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.groups import Place
+from ghostvis_mega.parallel.windows import PictureWindow, images_of, own_pictures
 from ghostvis_mega.train.feed import Feed, augment_seed
 from ghostvis_mega.utils.errors import DataError
 
@@ -61,7 +62,7 @@ def same(mine: Any, other: Any) -> bool:
     """Whether two inputs are equal to the last bit."""
     if isinstance(mine, torch.Tensor):
         return torch.equal(mine, other)
-    if hasattr(mine, "tokens_BS") or isinstance(mine, StepInput):
+    if hasattr(mine, "tokens_BS") or isinstance(mine, StepInput | PictureWindow):
         return all(same(getattr(mine, f.name), getattr(other, f.name)) for f in fields(mine))
     if isinstance(mine, list | tuple):
         return len(mine) == len(other) and all(map(same, mine, other))
@@ -85,15 +86,41 @@ def test_ranks_share_the_pictures_of_a_batch(easy_vqa: Path, tmp_path: Path) -> 
     ranks = [read_all(run, easy_vqa, places(2, rank=rank)) for rank in range(2)]
     dataset = Dataset.open(easy_vqa / "train.gvd")
     for first, second in zip(*ranks, strict=True):
-        assert first.dispatch == second.dispatch
+        (own,), (other,) = first.windows, second.windows
+        assert own.dispatch == other.dispatch
         assert first.trained_tokens == second.trained_tokens
         weights = [float(m.weights_BS.sum()) for r in (first, second) for m in r.micro_batches]
         assert sum(weights) == first.trained_tokens
         for rank, mine in enumerate((first, second)):
-            expected = load_pixels(dataset, mine.dispatch.encode[rank], size=64, seeds=None)
-            assert torch.equal(mine.pixels_N3hw, expected)
+            (window,) = mine.windows
+            expected = load_pixels(dataset, window.dispatch.encode[rank], size=64, seeds=None)
+            assert torch.equal(window.pixels_N3hw, expected)
             shown = {slot.image_id for micro in mine.micro_batches for slot in micro.images}
-            assert tuple(sorted(shown)) == mine.dispatch.wanted[rank]
+            assert tuple(sorted(shown)) == window.dispatch.wanted[rank]
+
+
+def test_windows_cut_a_step_and_nothing_else(easy_vqa: Path, tmp_path: Path) -> None:
+    sizes = ["batch.global_size=6", "data.augment=true"]
+    groups = places(2, rank=1)
+    whole = read_all(make_run(easy_vqa, tmp_path, *sizes), easy_vqa, groups)
+    cut = read_all(make_run(easy_vqa, tmp_path, *sizes, "tower.window=2"), easy_vqa, groups)
+    for one, several in zip(whole, cut, strict=True):
+        assert same(one.micro_batches, several.micro_batches)
+        assert [window.num_micro_batches for window in several.windows] == [2, 1]
+        at, seen = 0, {}
+        for window in several.windows:
+            micro_batches = several.micro_batches[at : at + window.num_micro_batches]
+            at += len(micro_batches)
+            shown = {slot.image_id for micro in micro_batches for slot in micro.images}
+            assert window.dispatch.wanted[1] == tuple(sorted(shown))
+            assert max(window.dispatch.loads) - min(window.dispatch.loads) <= 1
+            seen |= dict(zip(window.dispatch.encode[1], window.pixels_N3hw, strict=True))
+        # Who encodes a picture differs, how it is augmented does not.
+        there = own_pictures(one.windows, 1)
+        assert seen and all(torch.equal(there[i], seen[i]) for i in there.keys() & seen.keys())
+        assert images_of(one.windows, 0) | images_of(one.windows, 1) == images_of(
+            several.windows, 0
+        ) | images_of(several.windows, 1)
 
 
 def test_only_the_owner_decodes_a_picture(
@@ -111,7 +138,8 @@ def test_only_the_owner_decodes_a_picture(
     for rank in range(3):
         decoded.clear()
         feed = Feed(run, places(3, rank=rank), dataset)
-        dispatch = feed.get(0)[1].dispatch
+        (window,) = feed.get(0)[1].windows
+        dispatch = window.dispatch
         expected = [dataset.image_bytes(image) for image in dispatch.encode[rank]]
         assert sorted(decoded) == sorted(expected)
         shares.append(len(decoded))
@@ -132,12 +160,14 @@ def test_augmentation_is_a_function_of_seed_epoch_and_picture(
     plain = read_all(make_run(easy_vqa, tmp_path, *sizes), easy_vqa, places())
     dataset = Dataset.open(easy_vqa / "train.gvd")
     for epoch, work in enumerate(read_all(run, easy_vqa, places())):
-        images = work.dispatch.encode[0]
+        (window,) = work.windows
+        images = window.dispatch.encode[0]
         seeds = [augment_seed(7, epoch=epoch, image=image) for image in images]
         expected = load_pixels(dataset, images, size=64, seeds=seeds)
-        assert torch.equal(work.pixels_N3hw, expected)
-        assert not torch.equal(work.pixels_N3hw, plain[epoch].pixels_N3hw)
-        assert torch.equal(plain[epoch].pixels_N3hw, plain[0].pixels_N3hw)
+        assert torch.equal(window.pixels_N3hw, expected)
+        (unchanged,) = plain[epoch].windows
+        assert not torch.equal(window.pixels_N3hw, unchanged.pixels_N3hw)
+        assert torch.equal(unchanged.pixels_N3hw, plain[0].windows[0].pixels_N3hw)
 
 
 def test_no_pictures_is_an_empty_batch(easy_vqa: Path) -> None:

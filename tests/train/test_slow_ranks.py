@@ -3,13 +3,17 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ghostvis_mega.config.schema import GuardsConfig
+from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Place
-from ghostvis_mega.train.slow_ranks import SECTIONS, SlowRank, SlowRanks, find_slow
+from ghostvis_mega.parallel.windows import PictureWindow
+from ghostvis_mega.train.slow_ranks import SECTIONS, SlowRank, SlowRanks, find_slow, work_of
 from tests.launch import launch
 
 pytestmark = pytest.mark.durability
@@ -108,6 +112,20 @@ def test_stages_of_a_pipeline_are_compared_among_themselves() -> None:
     told[0] = (0.0, 1, 0.0, 1, 0.4, 1, 0.0, 1)
     assert find_slow(told, places, factor=FACTOR) == [SlowRank(0, "LLM", pytest.approx(4))]
     assert find_slow(told[:2], places[:2], factor=FACTOR) == [], "nobody to compare with"
+
+
+def test_work_is_counted_in_every_layout() -> None:
+    places = tuple(
+        Place(data=0, pipeline=stage, tensor=rank) for stage in range(2) for rank in range(2)
+    )
+    dispatch = dispatch_images([[1, 2, 3, 4, 5, 6]], places)
+    window = PictureWindow(1, dispatch, torch.zeros(0, 3, 4, 4, dtype=torch.uint8))
+    step: Any = SimpleNamespace(windows=[window, window], micro_batches=[])
+    works = [work_of(step, places=places, rank=rank) for rank in range(4)]
+    assert [work["vision"] for work in works] == [1 + 2 * load for load in dispatch.loads]
+    # Only the first stage reads pictures.
+    read = [work["exchange"] - work["vision"] for work in works]
+    assert read == [12, 12, 0, 0]
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,18 @@ def _exchange_gate_and_up(trainer: PlainTrainer) -> None:
     weight.copy_(torch.cat([up, gate]))
 
 
+def _windows_scaled(lab: Lab, fault: Fault) -> Row:
+    right = TrainEngine.loss_scale
+
+    def of_step(engine: TrainEngine, count: int, *, trained_tokens: float) -> float:
+        # As if a schedule went over all micro-batches of the step, not over those of a window.
+        windows = ROWS // engine.groups.degrees.data // count
+        return windows * right(engine, count, trained_tokens=trained_tokens)
+
+    with mock.patch.object(TrainEngine, "loss_scale", of_step):
+        return lab.measure(lab.case(fault.layout))
+
+
 def _wrong_reference(lab: Lab, fault: Fault) -> Row:
     truth = lab.solve(lab.case(fault.layout), lab.alone(), _exchange_gate_and_up)
     return lab.measure(lab.case(fault.layout), truth=truth)
@@ -221,6 +233,7 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     ),
     "tied embeddings not summed": _patched(engine_step, "sum_tied_gradients", lambda *_: None),
     "picture gradients not rescaled": _patched(TrainEngine, "vision_gradient_scale", lambda _: 1.0),
+    "windows of pictures scaled as a step": _windows_scaled,
     "pictures of two rows exchanged": _exchanged_pictures,
     "loss averaged in each micro-batch": _mean_of_means,
     "loss averaged in each replica": _mean_of_replicas,

@@ -163,6 +163,8 @@ ENCODING = {
     "graphs kept, one by one": Piece(
         split={"tower": {"backward": "keep", "images_per_forward": 1}}
     ),
+    "in windows": Piece(split={"tower": {"window": 1}}),
+    "in windows, encoded twice": Piece(split={"tower": {"window": 2, "backward": "recompute"}}),
 }
 MLP = {"SwiGLU": Piece(), "ReLU2": model(llm={"activation": "relu2", "qkv_bias": False})}
 DROPOUT = {"no dropout": Piece(), "dropout": model(llm={"hidden_dropout": 0.1})}
@@ -214,6 +216,8 @@ def legal(choice: Choice) -> bool:
     if frozen and vision and (vision == "no vision engine") != (frozen == "frozen vision"):
         return False
     if choice.get("stages") == "unequal stages" and where and "PP" not in where:
+        return False
+    if "PP" in where and "windows" in choice.get("encoding", ""):
         return False
     rows = choice.get("rows")
     # Eight rows a step: one a replica, and as many micro-batches as interleaved stages want.

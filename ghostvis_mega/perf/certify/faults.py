@@ -137,6 +137,11 @@ FAULTS = [
         spared=r"^(decoder|embedding)",
     ),
     Fault(
+        name="windows of pictures scaled as a step",
+        layout=Layout(name="TP2(SP) x DP2, in windows", split=TP | {"tower": {"window": 1}}),
+        hit=r"^(tower|projector|decoder)\.(?!.*(k_proj\.bias))",
+    ),
+    Fault(
         name="pictures of two rows exchanged",
         layout=Layout(name="TP2(SP) x DP2, rows of two", problem=UNPACKED, split=TP | ROWS_OF_TWO),
         hit=r"^(tower|projector)\.(?!.*k_proj\.bias)",

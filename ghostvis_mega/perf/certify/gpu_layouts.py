@@ -48,6 +48,7 @@ PERCEIVER: Sections = {
 DROPOUT: Sections = {"model": {"llm": {"hidden_dropout": 0.1}}}
 FULL: Sections = {"train": {"recompute": "full"}}
 SELECTIVE: Sections = {"train": {"recompute": "selective"}}
+WINDOWS: Sections = {"tower": {"window": 1}}
 KEPT: Sections = {"tower": {"backward": "keep", "images_per_forward": 2}}
 
 
@@ -95,6 +96,7 @@ LAYOUTS = (
     layout("DP2, ZeRO-3", stage=3),
     layout("DP2, ZeRO-2 offloaded", offload=("llm", "vision")),
     layout("DP2, ZeRO-2, graphs kept, two by two", split=KEPT),
+    layout("DP2, ZeRO-2, in windows", split=WINDOWS),
     layout("DP2, ZeRO-3, full recompute, untied", stage=3, problem=UNTIED, split=FULL),
     layout("DP2, ZeRO-2, rows of two", problem=UNPACKED, split=ROWS_OF_TWO),
     layout("TP2(SP)", 2),
@@ -102,6 +104,7 @@ LAYOUTS = (
     layout("TP2(SP), selective recompute", 2, split=SELECTIVE),
     layout("TP2(SP), perceiver on CLIP, untied", 2, problem=merge(PERCEIVER, UNTIED)),
     layout("TP2(SP), unpacked", 2, problem=UNPACKED),
+    layout("TP2(SP), in windows", 2, split=WINDOWS),
     layout("TP2(SP), projector alone", 2, problem=freeze("llm", "vision")),
     layout("PP2", 1, 2),
     layout("PP2 interleaved", 1, 2, 2),

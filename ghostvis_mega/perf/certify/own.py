@@ -7,6 +7,7 @@ from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.engine.step import StepInput
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.parallel.windows import own_pictures
 from ghostvis_mega.perf.certify.lab import Case
 from ghostvis_mega.perf.certify.own_settings import load_own
 from ghostvis_mega.perf.certify.request import Entry, Request
@@ -27,7 +28,7 @@ class FeedStream:
     ) -> tuple[list[MicroBatch], dict[int, torch.Tensor]]:
         single = run.model_copy(update={"batch": run.batch.model_copy(update={"micro_size": 1})})
         work = self.step_input(single, groups, step)
-        pictures = dict(zip(work.dispatch.encode[0], work.pixels_N3hw, strict=True))
+        pictures = own_pictures(work.windows, 0)
         return list(work.micro_batches), pictures
 
     def step_input(self, run: RunConfig, groups: Groups, step: int) -> StepInput:

@@ -15,6 +15,7 @@ from ghostvis_mega.model.inputs import segment_lengths
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
+from ghostvis_mega.parallel.windows import PictureWindow, cut_windows
 from ghostvis_mega.perf.certify.layout import Layout, Settings, merge
 
 IMAGE_TOKEN = 5
@@ -281,18 +282,34 @@ def step_input(
     data, micro = groups.degrees.data, run.batch.micro_size
     share = len(rows) // data
     parts = [rows[rank * share : (rank + 1) * share] for rank in range(data)]
+    mine = parts[groups.place.data]
+    windows = []
+    for cut in cut_windows(share // micro, run.tower.window):
+        at = slice(cut.start * micro, cut.stop * micro)
+        windows.append(_window(run, groups, [part[at] for part in parts], pictures))
+    return StepInput(
+        micro_batches=[stack_rows(mine[i : i + micro]) for i in range(0, share, micro)],
+        windows=windows,
+        trained_tokens=sum(float(row.weights_BS.sum()) for row in rows),
+        step=step,
+    )
+
+
+def _window(
+    run: RunConfig,
+    groups: Groups,
+    parts: list[list[MicroBatch]],
+    pictures: dict[int, torch.Tensor],
+) -> PictureWindow:
     wanted = [[slot.image_id for row in part for slot in row.images] for part in parts]
     dispatch = dispatch_images(wanted, groups.places)
     own = [pictures[image] for image in dispatch.encode[groups.rank]]
     size = run.model.vision.image_size if run.model.vision else 1
-    mine = parts[groups.place.data]
-    return StepInput(
-        micro_batches=[stack_rows(mine[i : i + micro]) for i in range(0, share, micro)],
+    return PictureWindow(
+        num_micro_batches=len(parts[0]) // run.batch.micro_size,
         dispatch=dispatch,
         pixels_N3hw=torch.stack(own) if own else torch.zeros((0, 3, size, size), dtype=torch.uint8),
-        trained_tokens=sum(float(row.weights_BS.sum()) for row in rows),
         image_rows=_image_rows(run, parts, context=groups.degrees.context),
-        step=step,
     )
 
 

@@ -77,8 +77,10 @@ class PeerTrainer(ABC):
                 f"step {step + 1} has damaged samples, which peers cannot leave out"
             )
         replica = batch.replicas[self.groups.place.data]
+        # All pictures of the step are there at once.
+        (window,) = work.windows
         ids = self.feed.own_images(
-            work.dispatch,
+            window.dispatch,
             [[i for micro in r for row in micro for i in row.image_ids] for r in batch.replicas],
         )
         data_size = self.groups.degrees.data
@@ -87,7 +89,7 @@ class PeerTrainer(ABC):
                 step=step,
                 micro_batches=work.micro_batches,
                 used=[max(row.num_tokens for row in micro) for micro in replica],
-                pictures=dict(zip(ids, work.pixels_N3hw, strict=True)) if ids else {},
+                pictures=dict(zip(ids, window.pixels_N3hw, strict=True)) if ids else {},
                 loss_scale=data_size / batch.trained_tokens,
             )
         )

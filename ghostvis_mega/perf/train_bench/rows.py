@@ -160,6 +160,8 @@ def peer_problems(row: Row, run: RunConfig) -> Iterator[str]:
         )
     if llm.activation != "swiglu" or not llm.qkv_bias or llm.vocab_padding or llm.hidden_dropout:
         yield f"{start} knows Qwen2.5's layers only. Use a preset qwen25_... or vlm_... as it is."
+    if run.tower.window:
+        yield f"{start} has no windows, but tower.window={run.tower.window}. Set it to 0."
     degrees = {"pipeline": parallel.pipeline, "context": parallel.context}
     if not row.kind.startswith("megatron"):
         degrees["tensor"] = parallel.tensor
