@@ -80,7 +80,7 @@ class OurTrainer:
         fetched = self._loop.fetch(step)
         if fetched is None:
             raise TrainingError(f"step {step + 1} was not taken: the run was asked to stop")
-        result, _ = self._loop.take(step, fetched)
+        result = self._loop.take(step, fetched)
         if result.skipped:
             raise TrainingError(f"step {step + 1} was left out for {result.cause}")
         m = self._newest.metrics

@@ -22,6 +22,7 @@ from ghostvis_mega.perf.train_bench.preset_parts import (
     STEP_TOKENS,
     TEXT_TOKENS,
     UNFUSED,
+    WINDOW,
     Size,
     base_settings,
     hf_kind,
@@ -173,19 +174,22 @@ def _vision(size: Size, processes: int, length: int, data: Path) -> Plan:
         f"train.recompute={size.recompute}",
     )
     naive = rows_of_one(NAIVE_ROWS * processes, NAIVE_LENGTH, 4, pictures.path, vlm)
-    seen = pack_settings(packs, length, pictures.path, tensor, vlm, algorithm="balanced")
+    plain = pack_settings(packs, length, pictures.path, tensor, vlm, algorithm="balanced")
+    seen = (*plain, WINDOW)
     return Plan(
         settings=base_settings(size.text),
         rows=(
             Row("text", settings=pack_settings(packs, length, text.path, tensor)),
             Row("VLM", settings=seen),
             Row("VLM FP8", settings=(*seen, "train.fp8=delayed")),
+            Row("VLM, tower twice", settings=plain),
             Row("HF VLM", hf_kind(), hf),
             Row("naive VLM", "naive", naive),
         ),
         ratios=(
             Ratio("VLM", "text", size.vision_ratio),
             Ratio("VLM FP8", "VLM"),
+            Ratio("VLM, tower twice", "VLM"),
             Ratio("VLM", "HF VLM"),
             Ratio("VLM", "naive VLM"),
         ),
@@ -201,7 +205,7 @@ def _align(size: Size, processes: int, length: int, data: Path) -> Plan:
     pictures = PictureNeed(data / "pictures.gvd")
     packs = STEP_TOKENS * processes // length
     frozen = "train.freeze=[llm,vision]"
-    ours = pack_settings(packs, length, pictures.path, algorithm="balanced")
+    ours = (*pack_settings(packs, length, pictures.path, algorithm="balanced"), WINDOW)
     naive = rows_of_one(NAIVE_ROWS * processes, NAIVE_LENGTH, 4, pictures.path)
     stages = {"align": (frozen,)}
     if processes >= size.tensor:
