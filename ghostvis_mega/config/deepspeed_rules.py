@@ -195,12 +195,12 @@ class FileCheck:
         offloaded = self._offload(given)
         self._zero_stage_rules(stage)
         overlap = given.get("overlap_comm", "auto") is True
-        if overlap and (stage != 1 or self.offload):
-            where = f"with stage {stage}" if stage != 1 else "with offload_optimizer"
+        if overlap and (stage not in (1, 2) or self.offload):
+            where = "with offload_optimizer" if self.offload else f"with stage {stage}"
             self.refuse(
                 "zero_optimization.overlap_comm",
                 True,
-                f"is proved with stage 1 without offload only, not {where}. Set false.",
+                f"is proved with stages 1 and 2 without offload only, not {where}. Set false.",
             )
         for key in ("contiguous_gradients", "compute_grad_norm"):
             why = "is refused: the reduction and the joint norm need it. Set true."

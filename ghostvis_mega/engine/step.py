@@ -284,6 +284,8 @@ class TrainEngine:
         its own part, and what it tells the others.
         """
         with self.timer.section("optimizer"):
+            for engine in self.engines:
+                engine.reduced()
             loss, norm, found, told = self._totals(loss_sum, batch)
             cause, ranks = "", ()
             if not math.isfinite(loss) or not math.isfinite(norm):

@@ -19,6 +19,7 @@ from torch import nn
 from ghostvis_mega.config.deepspeed import ResolvedDeepSpeed
 from ghostvis_mega.config.schema import OptimConfig
 from ghostvis_mega.engine.finish import average_gradients, fill_missing_gradients, not_finite
+from ghostvis_mega.engine.flat_gradients import FlatGradients
 from ghostvis_mega.engine.holder import Holder
 from ghostvis_mega.engine.mpu import LLMGrid, WorldGrid
 from ghostvis_mega.engine.optimizer import build_adamw, host_threads, parameter_groups
@@ -90,11 +91,14 @@ class ZeroEngine:
         )
         config = settings.config
         self.bucket_elements = config["zero_optimization"]["reduce_bucket_size"]
-        if self.stage in (1, 2) and not self.offload:
+        self.overlap = config["zero_optimization"].get("overlap_comm", False)
+        flat = self.stage in (1, 2) and not self.offload
+        if flat:
             # We compute one norm over all engines; DeepSpeed's own would be a second one, over one
             # engine.
             config = config | {
-                "zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False}
+                "zero_optimization": config["zero_optimization"]
+                | {"compute_grad_norm": False, "overlap_comm": False}
             }
         with _zero_optimizer_for_bf16():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -104,11 +108,12 @@ class ZeroEngine:
             # DeepSpeed's settings refuse it beside offload for the sake of Muon alone.
             self.optimizer.compute_grad_norm = False
         if self.stage in (1, 2):
-            # Else stage 2 would round the fp32 sums of a BF16 model to BF16 in its buckets.
+            # Else stage 2 with offload would round the fp32 sums of a BF16 model in its buckets.
             self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
             # Whether to step is decided before, for all engines; DeepSpeed would look through the
             # gradients again, a dozen operations for each of them while the GPU waits.
             self.optimizer.check_grad_overflow = False
+        self.flat = FlatGradients(self.optimizer) if flat else None
         if self.stage == 3:
             # Stage 3 takes the rank in TP x PP where stages 1 and 2 take the tensor rank.
             self.optimizer.model_parallel_rank = grid.get_tensor_model_parallel_rank()
@@ -116,7 +121,17 @@ class ZeroEngine:
     @contextlib.contextmanager
     def reduce_once(self) -> Iterator[None]:
         """Backward passes inside accumulate locally; leaving averages the gradients over data
-        parallelism."""
+        parallelism, or with `overlap_comm` begins to, until `reduced`."""
+        if self.flat is not None:
+            self.flat.begin(fused=self.fused_wgrad)
+            yield
+            fill_missing_gradients(self.trained)
+            self.own_not_finite = not_finite(self.flat.totals, device=self._device)
+            self.flat.end()
+            self.flat.reduce()
+            if not self.overlap:
+                self.flat.wait()
+            return
         context = (
             contextlib.nullcontext() if self.stage == 0 else self.engine.coalesce_grad_reduction()
         )
@@ -130,7 +145,8 @@ class ZeroEngine:
             own = [p.grad for p in self.trained]
             self.own_not_finite = not_finite(own, device=self._device)
             if self.stage == 1 and self.optimizer.use_grad_accum_attribute:
-                # BF16: stage 1 reduces what DeepSpeed's own backward would have put there.
+                # BF16 with offload: stage 1 reduces what DeepSpeed's own backward would have put
+                # there.
                 self.optimizer.fill_grad_accum_attribute()
         if self.stage == 0:
             average_gradients(
@@ -156,6 +172,11 @@ class ZeroEngine:
         yield
         for parameter in self.trained:
             del parameter.main_grad
+
+    def reduced(self) -> None:
+        """Wait for a reduction that `reduce_once` has begun."""
+        if self.flat is not None and self.overlap:
+            self.flat.wait()
 
     def set_learning_rates(self, factor: float, optim: OptimConfig) -> None:
         """Scale every group's peak learning rate."""
@@ -288,4 +309,5 @@ class ZeroEngine:
         engine's group."""
         if self.stage == 0:
             return parameter.grad
+        self.reduced()
         return deepspeed.utils.safe_get_full_grad(parameter)

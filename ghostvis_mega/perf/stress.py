@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import GlobalBatch
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.flat_gradients import FlatGradients
 from ghostvis_mega.engine.step import StepInput, TrainEngine
 from ghostvis_mega.model.flops import BatchFlops
 from ghostvis_mega.parallel.groups import Groups, build_groups, destroy_groups
@@ -302,9 +303,15 @@ def _skip(engine: TrainEngine) -> None:
 
 
 def _bucket(engine: TrainEngine) -> None:
-    """Gradients travel in smaller buckets."""
+    """Gradients travel in smaller pieces."""
     for zero in engine.engines:
-        zero.optimizer.reduce_bucket_size = 512
+
+        def in_pieces(flat: FlatGradients = zero.flat) -> None:
+            for total, group in zip(flat.totals, flat.groups, strict=True):
+                for piece in total.split(256):
+                    dist.all_reduce(piece, group=group)
+
+        zero.flat.reduce = in_pieces
 
 
 def _stall(engine: TrainEngine) -> None:

@@ -170,7 +170,7 @@ WRONG = {
         "Use stage 1 or 2",
     ),
     "overlap": (
-        {"zero_optimization": {"stage": 2, "overlap_comm": True}},
+        {"zero_optimization": {"stage": 3, "overlap_comm": True}},
         [],
         "zero_optimization.overlap_comm=true",
         "Set false",

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import layers
 from torch import nn
 
 from ghostvis_mega.engine import build, zero
+from ghostvis_mega.engine.flat_gradients import FlatGradients
 from ghostvis_mega.engine.inspect import owned_parameters
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
@@ -47,7 +48,9 @@ def main() -> None:
         rows["fused, stage 1"] = train(lab, LAYOUTS["stage 1"])
     with fused_wgrad(forgets=2) as calls:
         rows["fused, forgetful"] = train(lab, LAYOUTS["stage 2"])
-    rows["buckets in BF16"] = train(lab, LAYOUTS["stage 2"], bucket=torch.bfloat16)
+    rows["buckets in BF16"] = train(lab, LAYOUTS["stage 2 on the host"], bucket=torch.bfloat16)
+    with sums_in_bf16():
+        rows["sums in BF16"] = train(lab, LAYOUTS["stage 2"])
     if dist.get_rank() == 0:
         write_result(rows)
     dist.barrier()
@@ -83,6 +86,20 @@ def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dic
         "reduction_error": max(errors),
         "weights": digest.hexdigest(),
     }
+
+
+@contextmanager
+def sums_in_bf16() -> Iterator[None]:
+    """What is reduced is rounded before."""
+    reduce = FlatGradients.reduce
+
+    def rounded(flat: FlatGradients) -> None:
+        for total in flat.totals:
+            total.copy_(total.bfloat16())
+        reduce(flat)
+
+    with mock.patch.object(FlatGradients, "reduce", rounded):
+        yield
 
 
 @contextmanager

@@ -73,8 +73,8 @@ def test_a_rank_with_other_buckets_is_named() -> None:
     )
     assert code == 1
     assert re.search(
-        r"Group data \[0, 1, 2, 3\], call \d+: ranks 0, 2, 3 made all_reduce of \d+ float32 .*; "
-        r"rank 1 made all_reduce of 256 float32",
+        r"Group data \[0, 1, 2, 3\], call \d+: ranks 0, 2, 3 made reduce_scatter_tensor of \d+ "
+        r"float32 .*; rank 1 made all_reduce of 256 float32",
         rows[-1]["name"],
     )
     assert endings(rows) == [0, 1, 1]

@@ -108,6 +108,7 @@ ZERO = {
     "ZeRO-2": Piece(layout={"stage": 2}),
     "ZeRO-3": Piece(layout={"stage": 3}),
     "ZeRO-1 overlapped": Piece(layout={"stage": 1, "overlap": True}),
+    "ZeRO-2 overlapped": Piece(layout={"stage": 2, "overlap": True}),
     "ZeRO-1 offloaded": Piece(layout={"stage": 1, "offload": ("llm",)}),
     "ZeRO-2 offloaded": Piece(layout={"stage": 2, "offload": ("llm",)}),
     "ZeRO-3 offloaded": Piece(layout={"stage": 3, "offload": ("llm",)}),
