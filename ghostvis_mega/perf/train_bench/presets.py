@@ -107,6 +107,7 @@ def _text(size: Size, processes: int, length: int, data: Path) -> Plan:
         for rows in (rows_each, 2 * rows_each)
     )
     fp8, fused_megatron = "train.fp8=delayed", "megatron+fused-wgrad"
+    ours_whole, megatron_whole = _whole_rows(size, processes, length, need.path)
     hf_name = f"HF + DeepSpeed {size.zero.partition('.')[0]}"
     rows = (
         Row("ours", settings=ours),
@@ -114,10 +115,12 @@ def _text(size: Size, processes: int, length: int, data: Path) -> Plan:
         Row("ours unfused", settings=(*ours, *UNFUSED)),
         Row("ours FP8", settings=(*ours, fp8)),
         Row("ours FP8 16k", settings=(*large, fp8), may_not_fit=True),
+        *ours_whole,
         Row("Megatron-Core", "megatron", megatron),
         Row("Megatron-Core fused wgrad", fused_megatron, megatron),
         Row("Megatron-Core mbs x2", fused_megatron, megatron_large, may_not_fit=True),
         Row("Megatron-Core FP8", fused_megatron, (*megatron, fp8)),
+        *megatron_whole,
         Row(hf_name, hf_kind(), hf),
         Row(f"{hf_name} mbs x2", hf_kind(), hf_large, may_not_fit=True),
     )
@@ -128,6 +131,27 @@ def _text(size: Size, processes: int, length: int, data: Path) -> Plan:
         bars=(Bar(_joined(rows, ours=True, fp8=False), TFLOPS, least=size.tflops),),
         data=(need,),
     )
+
+
+def _whole_rows(
+    size: Size, processes: int, length: int, data: Path
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Our rows and Megatron-Core's with whole layers, of a size that is cut by tensor parallelism
+    elsewhere: what large GPUs have the memory for."""
+    if size.tensor == 1:
+        return (), ()
+    total, whole = STEP_TOKENS * processes, "parallel.tensor=1"
+    ours, peers = [], []
+    for name, tokens in {"TP 1": MICRO_TOKENS, "TP 1 mbs / 2": MICRO_TOKENS // 2}.items():
+        if tokens % length:
+            continue
+        packs = pack_settings(total // tokens, tokens, data, whole)
+        ours.append(Row(f"ours {name}", settings=packs, may_not_fit=True))
+        fp8 = (*packs, "train.fp8=delayed")
+        ours.append(Row(f"ours FP8 {name}", settings=fp8, may_not_fit=True))
+        rows = rows_of_one(total // length, length, tokens // length, data, whole)
+        peers.append(Row(f"Megatron-Core {name}", "megatron+fused-wgrad", rows, may_not_fit=True))
+    return tuple(ours), tuple(peers)
 
 
 def _joined(rows: tuple[Row, ...], *, ours: bool, fp8: bool) -> str:
@@ -151,6 +175,11 @@ def _text_ratios(rows: tuple[Row, ...], *, fp8_least: float) -> tuple[Ratio, ...
         Ratio("ours unfused", "Megatron-Core"),
         Ratio("ours", "Megatron-Core fused wgrad"),
         Ratio("ours 16k", "Megatron-Core mbs x2"),
+        *(
+            Ratio(row.name, row.name.replace("ours", "Megatron-Core"))
+            for row in rows
+            if row.name.startswith("ours TP 1")
+        ),
     )
 
 

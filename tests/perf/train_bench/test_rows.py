@@ -117,12 +117,17 @@ def test_promises_are_over_the_best_of_all_peers(tmp_path) -> None:
     bf16, fp8, *_ = plan.ratios
     assert bf16.least == 1.10
     assert set(bf16.overs) == peers - {"Megatron-Core FP8"}
-    assert set(bf16.rows) == {"ours", "ours 16k", "ours unfused"} == set(fp8.overs)
-    assert (set(fp8.rows), fp8.least) == ({"ours FP8", "ours FP8 16k"}, 1.35)
+    whole = {"TP 1", "TP 1 mbs / 2"}
+    assert {f"Megatron-Core {name}" for name in whole} < peers
+    assert set(bf16.rows) == set(fp8.overs)
+    assert set(bf16.rows) == {"ours", "ours 16k", "ours unfused"} | {f"ours {n}" for n in whole}
+    assert set(fp8.rows) == {"ours FP8", "ours FP8 16k"} | {f"ours FP8 {n}" for n in whole}
+    assert fp8.least == 1.35
     kinds = [row.kind for row in plan.rows]
     assert kinds == sorted(kinds, key=lambda kind: (kind[:2] == "hf", kind != OURS))
     small = preset_plan("text-1.5b", processes=1, seq_length=0, data=tmp_path)
     assert small.ratios[1].least == 1.0
+    assert not any("TP 1" in row.name for row in small.rows)
 
 
 def test_longer_sequences_are_a_preset_of_their_own(tmp_path) -> None:
