@@ -214,6 +214,9 @@ class TowerConfig(Section):
     """`recompute` runs the forward twice and keeps no activations meanwhile; `keep` does not.
     `auto` keeps where little is kept: with `window`, or where the tower is frozen."""
     images_per_forward: Positive = 64
+    fused: bool = True
+    """On GPUs in BF16 the tower's layers are compiled operations around cuDNN's attention, instead
+    of transformers' modules; no effect elsewhere."""
     window: NonNegative = 0
     """Micro-batches whose pictures are encoded, read and differentiated before those of the next
     ones, so that the activations of so few are there at a time; 0: all of the step. Each window

@@ -13,6 +13,7 @@ from ghostvis_mega.engine.zero import ZeroEngine
 from ghostvis_mega.model.llm import LLMChunk
 from ghostvis_mega.model.megatron import Backend, BlockLayout, choose_backend, transformer_config
 from ghostvis_mega.model.vision import VisionEncoder
+from ghostvis_mega.model.vision_layer import FusedLayers
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.parallel.plan import Degrees
 
@@ -38,7 +39,9 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
     settings = resolve_deepspeed(run.deepspeed.llm, run=run, engine="llm", world_size=world_size)
     fused_wgrad = fuses_wgrad(run, settings, device)
     chunks = build_chunks(run, groups, device=device, dtype=dtype, fused_wgrad=fused_wgrad)
-    encoder = build_encoder(run, device=device, dtype=dtype)
+    encoder = build_encoder(
+        run, device=device, dtype=dtype, fused=fuses_tower(run, device=device, dtype=dtype)
+    )
     if "llm" in run.train.freeze:
         for chunk in chunks:
             chunk.requires_grad_(False)
@@ -80,6 +83,14 @@ def fuses_wgrad(run: RunConfig, settings: ResolvedDeepSpeed, device: torch.devic
     fits = device.type == "cuda" and run.train.precision == "bf16" and settings.stage in (1, 2)
     fused = run.train.fused_wgrad and fits and "llm" not in run.train.freeze
     log.info("weight gradients of the LLM: %s", "by the GEMM, fp32" if fused else "by autograd")
+    return fused
+
+
+def fuses_tower(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the tower's layers are compiled."""
+    fused = run.tower.fused and device.type == "cuda" and dtype == torch.bfloat16
+    if run.model.vision is not None:
+        log.info("layers of the tower: %s", "compiled" if fused else "transformers' modules")
     return fused
 
 
@@ -156,12 +167,20 @@ def build_chunks(
 
 
 def build_encoder(
-    run: RunConfig, *, device: torch.device, dtype: torch.dtype
+    run: RunConfig, *, device: torch.device, dtype: torch.dtype, fused: bool = False
 ) -> VisionEncoder | None:
-    """The vision encoder, whole on every rank and initialised alike; None for a text-only model."""
+    """The vision encoder, whole on every rank and initialised alike; None for a text-only model.
+
+    Args:
+        run: Settings.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        fused: Compile the tower's layers.
+    """
     if run.model.vision is None:
         return None
-    encoder = VisionEncoder(run.model).to(device)
+    layers = FusedLayers(compiled=True) if fused else None
+    encoder = VisionEncoder(run.model, fused=layers).to(device)
     for part in (encoder.tower, encoder.resampler, encoder.projector):
         part.to(dtype)
     encoder.initialize(run.train.seed)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ghostvis_mega.config.schema import ConnectorConfig, ModelConfig, VisionConfig
 from ghostvis_mega.model.init import initialize
+from ghostvis_mega.model.vision_layer import FusedLayers
 
 _PIXEL_STATISTICS = {
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -120,10 +121,15 @@ class VisionEncoder(nn.Module):
     The tower's hidden state `feature_layer` is used as transformers' LLaVA uses it: before the
     tower's final LayerNorm unless `post_norm`, and for CLIP without the class token. Parameters
     that this choice leaves unused do not require gradients.
+
+    Args:
+        model: Sizes.
+        fused: What runs the tower's layers; None: transformers' modules.
     """
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, *, fused: FusedLayers | None = None):
         super().__init__()
+        self.fused = fused
         vision, connector = model.vision, model.connector
         assert vision is not None and connector is not None, (
             "a text-only model has no vision encoder"
@@ -190,6 +196,9 @@ class VisionEncoder(nn.Module):
         if self.config.kind == "clip":
             x_NPC = tower.pre_layrnorm(x_NPC)
         for layer in tower.encoder.layers[: self.num_used_layers]:
+            if self.fused is not None:
+                x_NPC = self.fused(layer, x_NPC)
+                continue
             out = layer(x_NPC, attention_mask=None)
             x_NPC = out[0] if isinstance(out, tuple) else out
         if self.config.post_norm:

@@ -1,0 +1,132 @@
+"""A layer of the vision tower as two compiled operations around one attention kernel.
+
+It computes what transformers' SigLIP and CLIP layers compute, from their own parameters: queries,
+keys and values come out of one matrix product, attention reads and writes without copies, and what
+lies between matrix products (norms, GELU, residual sums, bias gradients) is fused by PyTorch's
+compiler, which also decides what the backward computes again instead of keeping it.
+
+Shape legend: N images, P patches, C tower width, F MLP width, h heads, d head width.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+"""By transformers' `hidden_act`."""
+
+Linear = tuple[torch.Tensor, torch.Tensor]
+"""Weight and bias."""
+
+
+def before_attention(
+    x_NPC: torch.Tensor, norm: Linear, q: Linear, k: Linear, v: Linear, *, eps: float
+) -> torch.Tensor:
+    """Norm, and queries, keys and values in one product: [N, P, 3 * C]."""
+    weight, bias = (torch.cat(parts) for parts in zip(q, k, v, strict=True))
+    return F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), weight, bias)
+
+
+def after_attention(
+    x_NPC: torch.Tensor,
+    attended_NPC: torch.Tensor,
+    out: Linear,
+    norm: Linear,
+    fc1: Linear,
+    fc2: Linear,
+    *,
+    eps: float,
+    activation: str,
+) -> torch.Tensor:
+    """Output product, residual sum, norm, MLP, residual sum: [N, P, C]."""
+    x_NPC = x_NPC + F.linear(attended_NPC, *out)
+    hidden_NPF = F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *fc1)
+    return x_NPC + F.linear(_ACTIVATIONS[activation](hidden_NPF), *fc2)
+
+
+def attend(qkv_NPD: torch.Tensor, *, num_heads: int) -> torch.Tensor:
+    """Full attention within each image: [N, P, C], from [N, P, 3 * C]."""
+    heads = qkv_NPD.unflatten(2, (3, num_heads, -1)).unbind(2)
+    q, k, v = (part_NPhd.transpose(1, 2) for part_NPhd in heads)
+    with _kernels(q.device):
+        attended_NhPd = F.scaled_dot_product_attention(q, k, v)
+    return attended_NhPd.transpose(1, 2).flatten(2)
+
+
+def _kernels(device: torch.device) -> AbstractContextManager:
+    if device.type != "cuda":
+        return nullcontext()
+    if torch.are_deterministic_algorithms_enabled():
+        # cuDNN's backward may add in any order.
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    return sdpa_kernel(order, set_priority=True)
+
+
+class FusedLayers:
+    """Runs layers of transformers' SigLIP and CLIP towers by the functions above.
+
+    Args:
+        compiled: Through PyTorch's compiler; else as they stand. What it compiles serves all
+            layers and all numbers of images.
+    """
+
+    def __init__(self, *, compiled: bool):
+        self.compiled = compiled
+        self._before, self._after = before_attention, after_attention
+        if compiled:
+            # `fullgraph`: what cannot be compiled, or not once for all layers, is an error.
+            self._before = torch.compile(before_attention, fullgraph=True)
+            self._after = torch.compile(after_attention, fullgraph=True)
+
+    def __call__(self, layer: nn.Module, x_NPC: torch.Tensor) -> torch.Tensor:
+        """One layer: [N, P, C].
+
+        Args:
+            layer: transformers' module, for its parameters and settings.
+            x_NPC: Hidden states.
+        """
+        before, after = self._before, self._after
+        if len(x_NPC) < 2:
+            # The compiler takes sizes 0 and 1 for other programs.
+            before, after = before_attention, after_attention
+        attention, mlp = layer.self_attn, layer.mlp
+        eps = layer.layer_norm1.eps
+        qkv_NPD = before(
+            self._many(x_NPC),
+            _linear(layer.layer_norm1),
+            _linear(attention.q_proj),
+            _linear(attention.k_proj),
+            _linear(attention.v_proj),
+            eps=eps,
+        )
+        attended_NPC = attend(qkv_NPD, num_heads=attention.num_heads)
+        return after(
+            self._many(x_NPC),
+            self._many(attended_NPC),
+            _linear(attention.out_proj),
+            _linear(layer.layer_norm2),
+            _linear(mlp.fc1),
+            _linear(mlp.fc2),
+            eps=eps,
+            activation=attention.config.hidden_act,
+        )
+
+    def _many(self, x_NPC: torch.Tensor) -> torch.Tensor:
+        """`x_NPC`, of which the number of images may be any."""
+        if self.compiled and len(x_NPC) >= 2:
+            from torch._dynamo import mark_dynamic  # takes a second to import
+
+            mark_dynamic(x_NPC, 0)
+        return x_NPC
+
+
+def _linear(module: nn.Module) -> Linear:
+    return module.weight, module.bias

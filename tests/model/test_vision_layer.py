@@ -1,0 +1,127 @@
+"""The tower's fused layers against transformers' own, and one compiled program for all of them."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ghostvis_mega.config.schema import ConnectorConfig, VisionConfig
+from ghostvis_mega.model import vision_layer
+from ghostvis_mega.model.vision import VisionEncoder
+from ghostvis_mega.model.vision_layer import FusedLayers
+
+BAR = 1e-6
+
+
+def model(kind: str) -> Any:
+    """A small tower with heads of 24, and what reads it."""
+    vision = VisionConfig(
+        kind=kind,
+        num_layers=3,
+        hidden_size=48,
+        num_heads=2,
+        ffn_hidden_size=80,
+        image_size=32,
+        patch_size=8,
+        feature_layer=-2 if kind == "clip" else -1,
+    )
+    return SimpleNamespace(
+        vision=vision,
+        connector=ConnectorConfig(kind="mlp"),
+        llm=SimpleNamespace(hidden_size=32),
+        tokens_per_image=vision.num_patches,
+    )
+
+
+def encoder(kind: str, fused: FusedLayers | None = None) -> VisionEncoder:
+    """Of random weights; norms and biases too."""
+    made = VisionEncoder(model(kind), fused=fused)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+    return made
+
+
+def outcome(made: VisionEncoder, images: int = 3) -> dict[str, torch.Tensor]:
+    """Embeddings and all gradients, fp32."""
+    generator = torch.Generator().manual_seed(4)
+    pixels_N3hw = torch.randint(0, 256, (images, 3, 32, 32), generator=generator).to(torch.uint8)
+    made.zero_grad()
+    out_NTH = made(pixels_N3hw.to(made.pixel_mean.device))
+    out_NTH.backward(torch.randn(out_NTH.shape, generator=generator).to(out_NTH))
+    gradients = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+    return {"embeddings": out_NTH.detach()} | gradients
+
+
+def distance(mine: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """The largest relative L2 distance; key biases have no gradient but rounding."""
+    assert mine.keys() == truth.keys()
+    return max(
+        float((mine[name] - value).norm() / value.norm())
+        for name, value in truth.items()
+        if not name.endswith("k_proj.bias")
+    )
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_fused_layers_are_those_of_transformers(kind: str) -> None:
+    truth = outcome(encoder(kind))
+    assert sum(name.startswith("tower.") for name in truth) > 40 if kind == "siglip" else 30
+    assert distance(outcome(encoder(kind, FusedLayers(compiled=False))), truth) <= BAR
+
+
+def _exchanged(x: torch.Tensor, norm: Any, q: Any, k: Any, v: Any, *, eps: float) -> torch.Tensor:
+    return vision_layer.before_attention(x, norm, k, q, v, eps=eps)
+
+
+def _without_bias(
+    x: torch.Tensor, norm: Any, q: Any, k: Any, v: Any, *, eps: float
+) -> torch.Tensor:
+    return vision_layer.before_attention(x, norm, q, k, (v[0], torch.zeros_like(v[1])), eps=eps)
+
+
+@pytest.mark.parametrize("broken", [_exchanged, _without_bias])
+def test_a_wrong_layer_would_be_seen(broken: Callable[..., torch.Tensor]) -> None:
+    truth = outcome(encoder("siglip"))
+    fused = FusedLayers(compiled=False)
+    fused._before = broken
+    wrong = outcome(encoder("siglip", fused)) | {
+        name: value for name, value in truth.items() if name.endswith("v_proj.bias")
+    }
+    assert distance(wrong, truth) > 1e-3
+
+
+def test_another_activation_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = outcome(encoder("clip"))
+    monkeypatch.setitem(vision_layer._ACTIVATIONS, "quick_gelu", torch.nn.functional.gelu)
+    assert distance(outcome(encoder("clip", FusedLayers(compiled=False))), truth) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_one_program_serves_all_layers_and_all_numbers_of_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a compiler that generates no code: what it is asked for is the same."""
+    torch._dynamo.reset()
+    counters = []
+
+    def compile_counted(function: Callable[..., torch.Tensor], *, fullgraph: bool) -> Any:
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        return real(function, fullgraph=fullgraph, backend=counters[-1])
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_counted)
+    made, plain = encoder("siglip", FusedLayers(compiled=True)), encoder("siglip")
+    for images in (3, 5, 1, 2, 7):
+        # Its norms are other programs, which round otherwise.
+        assert distance(outcome(made, images), outcome(plain, images)) <= 20 * BAR
+        assert [counter.frame_count for counter in counters] == [1, 1]
+    with torch.no_grad():
+        for images in (4, 1, 6):
+            made(torch.zeros((images, 3, 32, 32), dtype=torch.uint8))
+    assert [counter.frame_count for counter in counters] == [2, 2]
+    assert made(torch.zeros((0, 3, 32, 32), dtype=torch.uint8)).shape == (0, 16, 32)
