@@ -67,13 +67,16 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
         )
     if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
         file = run.deepspeed.vision or run.deepspeed.llm
+        settings = resolve_deepspeed(file, run=run, engine="vision", world_size=world_size)
         vision_engine = ZeroEngine(
             hold_vision(encoder),
             optim=run.optim,
-            settings=resolve_deepspeed(file, run=run, engine="vision", world_size=world_size),
+            settings=settings,
             grid=WorldGrid(groups),
             groups=groups,
             device=device,
+            # The fused layers add their own; what else there is, autograd adds.
+            fused_wgrad=encoder.fused is not None and settings.stage in (1, 2),
         )
     return Parts(chunks=chunks, encoder=encoder, llm_engine=llm_engine, vision_engine=vision_engine)
 

@@ -8,8 +8,9 @@ compiler, which also decides what the backward computes again instead of keeping
 Shape legend: N images, P patches, C tower width, F MLP width, h heads, d head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,20 @@ Linear = tuple[torch.Tensor, torch.Tensor]
 """Weight and bias."""
 
 
-def before_attention(
-    x_NPC: torch.Tensor, norm: Linear, q: Linear, k: Linear, v: Linear, *, eps: float
-) -> torch.Tensor:
+class Weights(NamedTuple):
+    """What a layer computes with; queries, keys and values are one matrix."""
+
+    norm1: Linear
+    qkv: Linear
+    out: Linear
+    norm2: Linear
+    fc1: Linear
+    fc2: Linear
+
+
+def before_attention(x_NPC: torch.Tensor, norm: Linear, qkv: Linear, *, eps: float) -> torch.Tensor:
     """Norm, and queries, keys and values in one product: [N, P, 3 * C]."""
-    weight, bias = (torch.cat(parts) for parts in zip(q, k, v, strict=True))
-    return F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), weight, bias)
+    return F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *qkv)
 
 
 def after_attention(
@@ -49,6 +58,60 @@ def after_attention(
     x_NPC = x_NPC + F.linear(attended_NPC, *out)
     hidden_NPF = F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *fc1)
     return x_NPC + F.linear(_ACTIVATIONS[activation](hidden_NPF), *fc2)
+
+
+class _JoinWeights(torch.autograd.Function):
+    """A layer's parameters as `Weights`, flat; gradients go to the parameters' sums at once.
+
+    Where a parameter has `main_grad`, an fp32 sum over micro-batches, its gradient is added there
+    in one kernel, and autograd gets none; without it autograd would convert it first. The compiler
+    sees no parameter either, of which it would refuse one with a gradient of another dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: Sequence[torch.Tensor | None], *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.sums = sums
+        norm, qkv, rest = parameters[:2], parameters[2:8], parameters[8:]
+        joined = (torch.cat(qkv[0::2]), torch.cat(qkv[1::2]))
+        return (*_views(norm), *joined, *_views(rest))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        norm, (weight, bias), rest = gradients[:2], gradients[2:4], gradients[4:]
+        qkv = [part for pair in zip(weight.chunk(3), bias.chunk(3), strict=True) for part in pair]
+        left: list[torch.Tensor | None] = []
+        for needed, total, gradient in zip(
+            ctx.needs_input_grad[1:], ctx.sums, (*norm, *qkv, *rest), strict=True
+        ):
+            if needed and total is not None:
+                total += gradient
+            left.append(gradient if needed and total is None else None)
+        return None, *left
+
+
+def _views(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.view_as(x) for x in tensors]
+
+
+def weights_of(layer: nn.Module) -> Weights:
+    """The parameters of a layer of transformers' SigLIP or CLIP."""
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = (
+        layer.layer_norm1,
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.out_proj,
+        layer.layer_norm2,
+        mlp.fc1,
+        mlp.fc2,
+    )
+    parameters = [p for module in modules for p in (module.weight, module.bias)]
+    sums = [getattr(parameter, "main_grad", None) for parameter in parameters]
+    flat = _JoinWeights.apply(sums, *parameters)
+    return Weights(*zip(flat[0::2], flat[1::2], strict=True))
 
 
 def attend(qkv_NPD: torch.Tensor, *, num_heads: int) -> torch.Tensor:
@@ -97,26 +160,18 @@ class FusedLayers:
         if len(x_NPC) < 2:
             # The compiler takes sizes 0 and 1 for other programs.
             before, after = before_attention, after_attention
-        attention, mlp = layer.self_attn, layer.mlp
-        eps = layer.layer_norm1.eps
-        qkv_NPD = before(
-            self._many(x_NPC),
-            _linear(layer.layer_norm1),
-            _linear(attention.q_proj),
-            _linear(attention.k_proj),
-            _linear(attention.v_proj),
-            eps=eps,
-        )
-        attended_NPC = attend(qkv_NPD, num_heads=attention.num_heads)
+        weights, eps = weights_of(layer), layer.layer_norm1.eps
+        qkv_NPD = before(self._many(x_NPC), weights.norm1, weights.qkv, eps=eps)
+        attended_NPC = attend(qkv_NPD, num_heads=layer.self_attn.num_heads)
         return after(
             self._many(x_NPC),
             self._many(attended_NPC),
-            _linear(attention.out_proj),
-            _linear(layer.layer_norm2),
-            _linear(mlp.fc1),
-            _linear(mlp.fc2),
+            weights.out,
+            weights.norm2,
+            weights.fc1,
+            weights.fc2,
             eps=eps,
-            activation=attention.config.hidden_act,
+            activation=layer.self_attn.config.hidden_act,
         )
 
     def _many(self, x_NPC: torch.Tensor) -> torch.Tensor:
@@ -126,7 +181,3 @@ class FusedLayers:
 
             mark_dynamic(x_NPC, 0)
         return x_NPC
-
-
-def _linear(module: nn.Module) -> Linear:
-    return module.weight, module.bias

@@ -19,6 +19,7 @@ from ghostvis_mega.engine import build, zero
 from ghostvis_mega.engine.flat_gradients import FlatGradients
 from ghostvis_mega.engine.inspect import owned_parameters
 from ghostvis_mega.engine.step import TrainEngine
+from ghostvis_mega.model.vision_layer import FusedLayers
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.perf.certify.lab import Lab
 from ghostvis_mega.perf.certify.layout import Layout
@@ -48,6 +49,8 @@ def main() -> None:
         rows["fused, stage 1"] = train(lab, LAYOUTS["stage 1"])
     with fused_wgrad(forgets=2) as calls:
         rows["fused, forgetful"] = train(lab, LAYOUTS["stage 2"])
+    with fused_tower():
+        rows["fused tower"] = train(lab, LAYOUTS["stage 2"])
     rows["buckets in BF16"] = train(lab, LAYOUTS["stage 2 on the host"], bucket=torch.bfloat16)
     with sums_in_bf16():
         rows["sums in BF16"] = train(lab, LAYOUTS["stage 2"])
@@ -86,6 +89,16 @@ def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dic
         "reduction_error": max(errors),
         "weights": digest.hexdigest(),
     }
+
+
+@contextmanager
+def fused_tower() -> Iterator[None]:
+    """The tower as on GPUs, but for the compiler."""
+    with (
+        mock.patch.object(build, "fuses_tower", lambda *_, **__: True),
+        mock.patch.object(build, "FusedLayers", lambda **_: FusedLayers(compiled=False)),
+    ):
+        yield
 
 
 @contextmanager

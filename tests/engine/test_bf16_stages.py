@@ -61,6 +61,14 @@ def test_gradients_summed_by_the_gemm_are_those_of_autograd(measured: dict[str, 
     assert measured["fused, stage 1"]["weights"] == fused["weights"]
 
 
+def test_the_fused_tower_trains_as_transformers_modules(measured: dict[str, Any]) -> None:
+    plain, fused = measured["stage 2"], measured["fused tower"]
+    assert fused["losses"] == pytest.approx(plain["losses"], rel=2e-3)
+    assert fused["norms"] == pytest.approx(plain["norms"], rel=5e-3)
+    assert fused["norms"] != plain["norms"]
+    assert fused["reduction_error"] <= 1e-6
+
+
 def test_a_gemm_that_adds_nothing_would_be_seen(measured: dict[str, Any]) -> None:
     right, wrong = measured["fused"]["norms"][0], measured["fused, forgetful"]["norms"][0]
     assert abs(right - wrong) > 1e-4 * right

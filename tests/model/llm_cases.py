@@ -187,7 +187,7 @@ def make_rows(tokens_BS: torch.Tensor, weights_BS: torch.Tensor) -> MicroBatch:
         tokens_BS=tokens_BS,
         labels_BS=tokens_BS.roll(-1, dims=1) * (weights_BS > 0),
         weights_BS=weights_BS,
-        positions_BS=torch.arange(length).expand(rows, length),
+        positions_BS=torch.arange(length).repeat(rows, 1),
         cu_seqlens=None,
         max_seqlen=length,
         images=(),

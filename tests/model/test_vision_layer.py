@@ -74,14 +74,30 @@ def test_fused_layers_are_those_of_transformers(kind: str) -> None:
     assert distance(outcome(encoder(kind, FusedLayers(compiled=False))), truth) <= BAR
 
 
-def _exchanged(x: torch.Tensor, norm: Any, q: Any, k: Any, v: Any, *, eps: float) -> torch.Tensor:
-    return vision_layer.before_attention(x, norm, k, q, v, eps=eps)
+def test_gradients_go_to_sums_that_are_there() -> None:
+    plain, made = encoder("siglip"), encoder("siglip", FusedLayers(compiled=False))
+    for parameter in made.parameters():
+        parameter.grad = parameter.main_grad = torch.ones_like(parameter)
+    once = outcome(plain)
+    made.zero_grad = lambda: None  # the sums of two passes
+    outcome(made)
+    twice = outcome(made)
+    used = {name: p for name, p in made.named_parameters() if name in once}
+    assert all(p.grad is p.main_grad for p in used.values())
+    found = {name: (twice[name] - 1) / 2 for name in used}
+    assert distance(found | {"embeddings": once["embeddings"]}, once) <= BAR
 
 
-def _without_bias(
-    x: torch.Tensor, norm: Any, q: Any, k: Any, v: Any, *, eps: float
-) -> torch.Tensor:
-    return vision_layer.before_attention(x, norm, q, k, (v[0], torch.zeros_like(v[1])), eps=eps)
+def _exchanged(x: torch.Tensor, norm: Any, qkv: Any, *, eps: float) -> torch.Tensor:
+    q, k, v = zip(*(part.chunk(3) for part in qkv), strict=True)
+    joined = [torch.cat(parts) for parts in zip(k, q, v, strict=True)]
+    return vision_layer.before_attention(x, norm, joined, eps=eps)
+
+
+def _without_bias(x: torch.Tensor, norm: Any, qkv: Any, *, eps: float) -> torch.Tensor:
+    q, k, v = qkv[1].chunk(3)
+    bias = torch.cat([q, k, torch.zeros_like(v)])
+    return vision_layer.before_attention(x, norm, (qkv[0], bias), eps=eps)
 
 
 @pytest.mark.parametrize("broken", [_exchanged, _without_bias])

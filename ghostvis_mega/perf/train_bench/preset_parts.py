@@ -18,8 +18,6 @@ TEXT_TOKENS = 8_000_000
 RECIPES = ("delayed", "tensorwise", "blockwise")
 UNFUSED = ("train.fused_wgrad=false", "train.fused_loss=false", "train.fused_rope=false")
 """What is on until it is asked not to be."""
-WINDOW = "tower.window=1"
-"""Pictures of one micro-batch at a time, each once through the tower."""
 ROWS, NAIVE_ROWS = 192, 32
 """Samples with pictures of a step, for each process: about as many tokens as ours; the naive
 baseline would take minutes for those, and loses little by its more frequent updates."""

@@ -22,7 +22,6 @@ from ghostvis_mega.perf.train_bench.preset_parts import (
     STEP_TOKENS,
     TEXT_TOKENS,
     UNFUSED,
-    WINDOW,
     Size,
     base_settings,
     hf_kind,
@@ -204,20 +203,23 @@ def _vision(size: Size, processes: int, length: int, data: Path) -> Plan:
     )
     naive = rows_of_one(NAIVE_ROWS * processes, NAIVE_LENGTH, 4, pictures.path, vlm)
     plain = pack_settings(packs, length, pictures.path, tensor, vlm, algorithm="balanced")
-    seen = (*plain, WINDOW)
+    # So that a rank encodes about as many pictures at a time in either size.
+    seen, wider = ((*plain, f"tower.window={n * size.tensor}") for n in (1, 2))
     return Plan(
         settings=base_settings(size.text),
         rows=(
             Row("text", settings=pack_settings(packs, length, text.path, tensor)),
             Row("VLM", settings=seen),
             Row("VLM FP8", settings=(*seen, "train.fp8=delayed")),
+            Row("VLM, wider windows", settings=wider, may_not_fit=True),
             Row("VLM, tower twice", settings=plain),
             Row("VLM, tower unfused", settings=(*seen, "tower.fused=false")),
             Row("HF VLM", hf_kind(), hf),
             Row("naive VLM", "naive", naive),
         ),
         ratios=(
-            Ratio("VLM", "text", size.vision_ratio),
+            Ratio("VLM | VLM, wider windows", "text", size.vision_ratio),
+            Ratio("VLM", "text"),
             Ratio("VLM FP8", "VLM"),
             Ratio("VLM, tower twice", "VLM"),
             Ratio("VLM, tower unfused", "VLM"),
@@ -236,7 +238,7 @@ def _align(size: Size, processes: int, length: int, data: Path) -> Plan:
     pictures = PictureNeed(data / "pictures.gvd")
     packs = STEP_TOKENS * processes // length
     frozen = "train.freeze=[llm,vision]"
-    ours = (*pack_settings(packs, length, pictures.path, algorithm="balanced"), WINDOW)
+    ours = pack_settings(packs, length, pictures.path, algorithm="balanced")
     naive = rows_of_one(NAIVE_ROWS * processes, NAIVE_LENGTH, 4, pictures.path)
     stages = {"align": (frozen,)}
     if processes >= size.tensor:
@@ -244,8 +246,9 @@ def _align(size: Size, processes: int, length: int, data: Path) -> Plan:
     tensor = {"align": 1, "SFT": size.tensor}
     rows = []
     for stage, more in stages.items():
-        layout = f"parallel.tensor={tensor[stage]}"
-        rows.append(Row(stage, settings=(*ours, layout, *more)))
+        degree = tensor[stage]
+        layout = (f"parallel.tensor={degree}", f"tower.window={degree}")
+        rows.append(Row(stage, settings=(*ours, *layout, *more)))
         rows.append(Row(f"naive {stage}", "naive", (*naive, *more)))
     return Plan(
         settings=base_settings(size.vision),
