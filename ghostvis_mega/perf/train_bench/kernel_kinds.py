@@ -13,8 +13,9 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("attention", r"attention|flash|fmha|sdpa|mha_|_softmax|softmax_warp|scaled_.*softmax"
                   r"|cudnn::fusion|fused_attn"),
     ("optimizer", r"adam|multi_tensor|foreach|l2norm|\blamb\b|FusedOptimizer|NormTwoOps"),
-    ("GEMM", r"gemm|cublas|cutlass|xmma|nvjet|sm\d+_.*(mm|tn|nt|nn)|wgmma|addmm|\bmm\b|\bbmm\b"
-             r"|aten::(mm|bmm|addmm|linear|conv)|convolution|wgrad"),
+    # Inductor names kernels after all that they take part in, also the product before them.
+    ("GEMM", r"^(?!triton_(poi|red|per)_).*(gemm|cublas|cutlass|xmma|nvjet|sm\d+_.*(mm|tn|nt|nn)"
+             r"|wgmma|addmm|\bmm\b|\bbmm\b|aten::(mm|bmm|addmm|linear|conv)|convolution|wgrad)"),
     ("norm and activation", r"norm|silu|swiglu|swish|gelu|glu|rope|rotary|sigmoid|activation"),
     # Elementwise kernels are called gpu_kernel_impl_nocast or LoadWithCast, whatever they compute.
     ("copy and cast", r"copy|(?<!no)(?<!with)cast|memcpy|memset|\bcat\b|CatArray|transpose|fill"
