@@ -26,6 +26,11 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 Linear = tuple[torch.Tensor, torch.Tensor]
 """Weight and bias."""
 
+TUNED_FOR = 32
+"""Images of which the compiler thinks when it cuts sums into parts and chooses blocks. Without it
+these would be those of the first call, and a resumed run, which begins with another number of
+images than the run that it goes on with, would add in another order."""
+
 
 class Weights(NamedTuple):
     """What a layer computes with; queries, keys and values are one matrix."""
@@ -179,5 +184,5 @@ class FusedLayers:
         if self.compiled and len(x_NPC) >= 2:
             from torch._dynamo import mark_dynamic  # takes a second to import
 
-            mark_dynamic(x_NPC, 0)
+            mark_dynamic(x_NPC, 0, hint_override=TUNED_FOR)
         return x_NPC

@@ -1,17 +1,19 @@
 """The tower's fused layers against transformers' own, and one compiled program for all of them."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ghostvis_mega.config.schema import ConnectorConfig, VisionConfig
 from ghostvis_mega.model import vision_layer
 from ghostvis_mega.model.vision import VisionEncoder
-from ghostvis_mega.model.vision_layer import FusedLayers
+from ghostvis_mega.model.vision_layer import TUNED_FOR, FusedLayers
 
 BAR = 1e-6
 
@@ -141,3 +143,69 @@ def test_one_program_serves_all_layers_and_all_numbers_of_images(
             made(torch.zeros((images, 3, 32, 32), dtype=torch.uint8))
     assert [counter.frame_count for counter in counters] == [2, 2]
     assert made(torch.zeros((0, 3, 32, 32), dtype=torch.uint8)).shape == (0, 16, 32)
+
+
+Backend = Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable]
+
+
+def compiled_by(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> FusedLayers:
+    """Compiled by another compiler, which has compiled nothing yet."""
+    torch._dynamo.reset()
+    compile_with = partial(torch.compile, backend=backend)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", compile_with)
+        return FusedLayers(compiled=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("first", [3, 7])
+def test_programs_do_not_depend_on_the_first_number_of_images(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        values = (n.meta["example_value"] for n in graph.graph.find_nodes(op="placeholder"))
+        shapes = (value.shape for value in values if isinstance(value, torch.Tensor))
+        sizes.extend(size for shape in shapes for size in shape if isinstance(size, torch.SymInt))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    made = encoder("clip", compiled_by(look, monkeypatch))
+    outcome(made, first)
+    with torch.no_grad():
+        made(torch.zeros((first + 1, 3, 32, 32), dtype=torch.uint8))
+    # One input before attention and two after, with and without gradients.
+    assert [size.node.hint for size in sizes] == 6 * [TUNED_FOR]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_gradients_of_bf16_weights_are_kept_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ZeRO's engine asks for, over two backwards."""
+    found = []
+    for fused in (compiled_by(lookup_backend("aot_eager"), monkeypatch), None):
+        made = encoder("siglip", fused)
+        for part in (made.tower, made.projector):
+            part.to(torch.bfloat16)
+        for parameter in made.parameters():
+            parameter.grad_dtype = torch.float32
+        once = outcome(made)
+        generator = torch.Generator().manual_seed(5)
+        pixels_N3hw = torch.randint(0, 256, (4, 3, 32, 32), generator=generator).to(torch.uint8)
+        made(pixels_N3hw).sum().backward()
+        total = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+        assert {gradient.dtype for gradient in total.values()} == {torch.float32}
+        assert not torch.equal(
+            total["projector.linear_1.weight"], once["projector.linear_1.weight"]
+        )
+        found.append((once, total))
+    for mine, truth in zip(*found, strict=True):
+        assert distance(mine, truth) <= 0.1
+
+
+def test_what_does_not_compile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        raise RuntimeError("no such compiler")
+
+    made = encoder("siglip", compiled_by(failing, monkeypatch))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no such compiler"):
+        made(torch.zeros((2, 3, 32, 32), dtype=torch.uint8))
