@@ -80,7 +80,7 @@ class _JoinWeights(torch.autograd.Function):
         ctx.sums = sums
         norm, qkv, rest = parameters[:2], parameters[2:8], parameters[8:]
         joined = (torch.cat(qkv[0::2]), torch.cat(qkv[1::2]))
-        return (*_views(norm), *joined, *_views(rest))
+        return (*_same(norm), *joined, *_same(rest))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -96,8 +96,9 @@ class _JoinWeights(torch.autograd.Function):
         return None, *left
 
 
-def _views(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [x.view_as(x) for x in tensors]
+def _same(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    # Not views: the compiler looks at the tensor that a view is of, parameter and gradient.
+    return [x.new_empty(0).set_(x) for x in tensors]
 
 
 def weights_of(layer: nn.Module) -> Weights:

@@ -202,6 +202,20 @@ def test_gradients_of_bf16_weights_are_kept_in_fp32(monkeypatch: pytest.MonkeyPa
         assert distance(mine, truth) <= 0.1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_compiler_may_begin_while_gradients_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second forward of `tower.backward=recompute` does."""
+    made = encoder("siglip", compiled_by(lookup_backend("aot_eager"), monkeypatch))
+    for part in (made.tower, made.projector):
+        part.to(torch.bfloat16)
+    for parameter in made.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    made.zero_grad = lambda: None
+    found = outcome(made)
+    assert all(found[name].any() for name in found if "fc1" in name)
+
+
 def test_what_does_not_compile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         raise RuntimeError("no such compiler")
