@@ -3,8 +3,9 @@ step.
 
 DeepSpeed 0.19's own forward and backward cannot be used inside a pipeline schedule: with several
 graphs outstanding its hooks reduce a parameter twice. Gradients therefore accumulate in `.grad` and
-are reduced once (`coalesce_grad_reduction`); the global norm, the clip and the decision to skip are
-made over all engines at once.
+are reduced once: those of stages 1 and 2 by `FlatGradients`, those of stage 3 and with offload by
+DeepSpeed (`coalesce_grad_reduction`), those of stage 0 here. The global norm, the clip and the
+decision to skip are made over all engines at once.
 """
 
 import contextlib
