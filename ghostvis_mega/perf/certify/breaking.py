@@ -95,11 +95,14 @@ def _keys_not_restarted(lab: Lab, fault: Fault) -> Row:
 
 
 def _mean_of_replicas(lab: Lab, fault: Fault) -> Row:
-    def scale(engine: TrainEngine, batch: StepInput) -> float:
-        own = sum(float(micro.weights_BS.sum()) for micro in batch.micro_batches)
-        return len(batch.micro_batches) / own
+    right = TrainEngine.train_llm
 
-    with mock.patch.object(TrainEngine, "loss_scale", scale):
+    def by_own_tokens(engine: TrainEngine, batch: StepInput, *rest: Any) -> torch.Tensor:
+        own = sum(float(micro.weights_BS.sum()) for micro in batch.micro_batches)
+        alike = replace(batch, trained_tokens=own * engine.groups.degrees.data)
+        return right(engine, alike, *rest)
+
+    with mock.patch.object(TrainEngine, "train_llm", by_own_tokens):
         return lab.measure(lab.case(fault.layout))
 
 
