@@ -72,11 +72,18 @@ class CheckpointFolder:
 
     def candidates(self) -> list[Path]:
         """Directories that should be checkpoints, in order of their step."""
+        return [path for _, path in self._named()]
+
+    def last_step(self) -> int:
+        """The highest step that has a checkpoint, going by the names alone, so that a run can be
+        watched from outside while it writes and removes some; 0 without any."""
+        return max((step for step, _ in self._named()), default=0)
+
+    def _named(self) -> list[tuple[int, Path]]:
         if not self.path.is_dir():
             return []
         named = [(_COMPLETE.fullmatch(path.name), path) for path in self.path.iterdir()]
-        found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
-        return [path for _, path in sorted(found)]
+        return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
     def complete(self) -> list[Found]:
         """Complete checkpoints, oldest save first; a damaged one is left out with a warning."""

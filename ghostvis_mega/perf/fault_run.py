@@ -102,7 +102,8 @@ class FaultRun:
 
     def newest(self) -> int:
         """Step of the newest complete checkpoint, 0 without one."""
-        found = (self.output / "checkpoints").glob("step-*/manifest.json")
+        # One that is being written has another name until it is whole.
+        found = (self.output / "checkpoints").glob("step-*[0-9]/manifest.json")
         return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
 
     def train_to(self, name: str, ranks: list[subprocess.Popen], steps: int) -> None:

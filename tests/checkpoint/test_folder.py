@@ -99,6 +99,17 @@ def test_a_save_that_stops_while_it_replaces_loses_nothing(
     assert names(folder) == ["latest", "step-00000007"]
 
 
+def test_the_last_step_is_of_whole_ones(folder: CheckpointFolder):
+    assert folder.last_step() == 0
+    save(folder, 5)
+    temporary = folder.begin(9)
+    temporary.rmdir()
+    write_tiny(temporary, serial=2, step=9)
+    assert folder.last_step() == 5
+    folder.publish(9)
+    assert folder.last_step() == 9
+
+
 def test_an_incomplete_one_is_passed_over_with_a_warning(
     folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
 ):

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ghostvis_mega.checkpoint.folder import CheckpointFolder
 from ghostvis_mega.checkpoint.lease import LEASE_FILE
 from tests.launch import ROOT
 
@@ -83,8 +84,7 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def newest(self) -> int:
-        found = (self.folder / "run" / "checkpoints").glob("step-*/manifest.json")
-        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+        return CheckpointFolder(self.folder / "run" / "checkpoints").last_step()
 
     def launch(self) -> dict[str, Any]:
         return json.loads((self.folder / "run" / LEASE_FILE).read_text())

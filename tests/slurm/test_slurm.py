@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ghostvis_mega.checkpoint.folder import CheckpointFolder
 from tests.launch import ROOT
 from tests.slurm.cluster import Cluster, missing
 
@@ -68,8 +69,7 @@ class Job:
 
     def newest(self) -> int:
         """Step of the newest complete checkpoint."""
-        found = (self.folder / "run" / "checkpoints").glob("step-*/manifest.json")
-        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+        return CheckpointFolder(self.folder / "run" / "checkpoints").last_step()
 
     def train_beyond(self, step: int) -> None:
         self.cluster.wait(
