@@ -140,8 +140,7 @@ def _windows_scaled(lab: Lab, fault: Fault) -> Row:
 
     def of_step(engine: TrainEngine, count: int, *, trained_tokens: float) -> float:
         # As if a schedule went over all micro-batches of the step, not over those of a window.
-        windows = ROWS // engine.groups.degrees.data // count
-        return windows * right(engine, count, trained_tokens=trained_tokens)
+        return right(engine, ROWS // engine.groups.degrees.data, trained_tokens=trained_tokens)
 
     with mock.patch.object(TrainEngine, "loss_scale", of_step):
         return lab.measure(lab.case(fault.layout))
