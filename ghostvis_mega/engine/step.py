@@ -149,22 +149,23 @@ class TrainEngine:
             for number, window in enumerate(batch.windows):
                 micro_batches = batch.micro_batches[done : done + window.num_micro_batches]
                 done += len(micro_batches)
+                first, last = number == 0, done == len(batch.micro_batches)
                 exchange = EmbeddingExchange(window.dispatch, self.groups, window.image_rows)
                 pictures = self.image_embeddings(
                     exchange, window.pixels_N3hw, for_training=vision is not None
                 )
-                if number == 0 and llm is not None:
+                if first and llm is not None:
                     # Not before the pictures: it takes memory for all gradients.
                     llm_reductions.enter_context(llm.reduce_once())
                 with self.timer.section("llm"):
                     sums.append(self.train_llm(batch, micro_batches, pictures))
-                    if done == len(batch.micro_batches) and llm is not None:
+                    if last and llm is not None:
                         self.finish_llm_gradients()
-                if done == len(batch.micro_batches):
+                if last:
                     llm_reductions.close()
+                if first and vision is not None:
+                    vision_reductions.enter_context(vision.reduce_once())
                 if vision is not None:
-                    if number == 0:
-                        vision_reductions.enter_context(vision.reduce_once())
                     self.vision_backward(exchange, pictures)
         return torch.stack(sums).sum()
 

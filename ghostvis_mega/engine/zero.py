@@ -126,7 +126,6 @@ class ZeroEngine:
         if self.flat is not None:
             self.flat.begin(fused=self.fused_wgrad)
             yield
-            fill_missing_gradients(self.trained)
             self.own_not_finite = not_finite(self.flat.totals, device=self._device)
             self.flat.end()
             self.flat.reduce()

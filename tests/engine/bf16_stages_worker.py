@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +70,10 @@ def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dic
     for step in range(STEPS):
         batch = case.stream.step_input(case.run, engine.groups, step)
         local: dict[int, torch.Tensor] = {}
-        with mock.patch.object(zero, "fill_missing_gradients", keep_in(local)):
+        with (
+            mock.patch.object(zero, "fill_missing_gradients", fill_and_keep(local)),
+            mock.patch.object(FlatGradients, "end", end_and_keep(local)),
+        ):
             loss_sum = engine.accumulate(batch)
         errors.append(reduction_error(engine, local))
         result = engine.update(loss_sum, batch, step=step)
@@ -144,18 +147,33 @@ def fused_wgrad(forgets: int = -1) -> Iterator[list[int]]:
         yield calls
 
 
-def keep_in(local: dict[int, torch.Tensor]):
+def fill_and_keep(local: dict[int, torch.Tensor]) -> Callable[[Iterable[nn.Parameter]], None]:
     """`fill_missing_gradients`, which also copies what is about to be reduced."""
     fill = zero.fill_missing_gradients
 
-    def fill_and_keep(parameters: Iterable[nn.Parameter]) -> None:
+    def filled(parameters: Iterable[nn.Parameter]) -> None:
         parameters = list(parameters)
         fill(parameters)
-        for parameter in parameters:
-            assert parameter.grad.dtype == torch.float32
-            local[id(parameter)] = parameter.grad.clone()
+        keep(parameters, local)
 
-    return fill_and_keep
+    return filled
+
+
+def end_and_keep(local: dict[int, torch.Tensor]) -> Callable[[FlatGradients], None]:
+    """`FlatGradients.end`, which also copies what is about to be reduced."""
+    end = FlatGradients.end
+
+    def ended(flat: FlatGradients) -> None:
+        keep([parameter for parameter, _ in flat._views], local)
+        end(flat)
+
+    return ended
+
+
+def keep(parameters: Iterable[nn.Parameter], local: dict[int, torch.Tensor]) -> None:
+    for parameter in parameters:
+        assert parameter.grad.dtype == torch.float32
+        local[id(parameter)] = parameter.grad.clone()
 
 
 def reduction_error(engine: TrainEngine, local: dict[int, torch.Tensor]) -> float:
