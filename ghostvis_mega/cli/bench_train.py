@@ -58,9 +58,9 @@ Exit code: 0 measured, 1 a row failed, a loss did not fall or a bar is missed, 2
 128 + n stopped by signal n.
 """
 
-_SIGNALLED = 128
+SIGNALLED = 128
 """Added to the number of a signal, as shells do."""
-_TARGET = ("-m", "ghostvis_mega.cli.bench_train_rank")
+TARGET = ("-m", "ghostvis_mega.cli.bench_train_rank")
 
 
 def bench_train(
@@ -108,7 +108,7 @@ def bench_train(
             _prepare(plan, chosen)
             file = plan.write(folder) if config is None else config
             total = warm_up + steps + (trace is not None)
-            runs = _load(
+            runs = load_rows(
                 file, overrides or (), chosen, folder=folder, processes=processes, steps=total
             )
             bench = Bench(title=preset or str(config), plan=plan, chosen=chosen, file=save)
@@ -155,7 +155,7 @@ def _prepare(plan: Plan, chosen: Sequence[Row]) -> None:
         prepare(needs)
 
 
-def _load(
+def load_rows(
     file: Path,
     overrides: Sequence[str],
     rows: Sequence[Row],
@@ -229,7 +229,7 @@ def _run_rows(
                 device = "cuda" if run.train.device != "cpu" and has_cuda_device() else "cpu"
                 began = time.monotonic()
                 result = run_row(
-                    order, target=_TARGET, processes=processes, timeout_s=timeout_s, device=device
+                    order, target=TARGET, processes=processes, timeout_s=timeout_s, device=device
                 )
                 log.info("%s: took %.0f s in all", row.name, time.monotonic() - began)
                 bench.add(result)
@@ -254,6 +254,6 @@ def _conclude(bench: Bench, *, as_json: bool, signal_number: int) -> None:
         if compared or promised:
             print_rows([*compared, *promised], title="compared and promised", as_json=False)
     if signal_number:
-        raise typer.Exit(_SIGNALLED + signal_number)
+        raise typer.Exit(SIGNALLED + signal_number)
     if any_missed(rows):
         raise typer.Exit(1)

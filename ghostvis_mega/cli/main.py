@@ -10,6 +10,7 @@ from ghostvis_mega.cli.bench_determinism import BENCH_DETERMINISM_HELP, bench_de
 from ghostvis_mega.cli.bench_fp8 import BENCH_FP8_HELP, bench_fp8
 from ghostvis_mega.cli.bench_generate import BENCH_GENERATE_HELP, bench_generate
 from ghostvis_mega.cli.bench_guards import BENCH_GUARDS_HELP, bench_guards
+from ghostvis_mega.cli.bench_longest import BENCH_LONGEST_HELP, bench_longest
 from ghostvis_mega.cli.bench_loss import BENCH_LOSS_HELP, bench_loss
 from ghostvis_mega.cli.bench_memory import BENCH_MEMORY_HELP, bench_memory
 from ghostvis_mega.cli.bench_train import BENCH_TRAIN_HELP, bench_train
@@ -48,6 +49,7 @@ bench_app.command("determinism", help=BENCH_DETERMINISM_HELP)(bench_determinism)
 bench_app.command("fp8", help=BENCH_FP8_HELP)(bench_fp8)
 bench_app.command("generate", help=BENCH_GENERATE_HELP)(bench_generate)
 bench_app.command("guards", help=BENCH_GUARDS_HELP)(bench_guards)
+bench_app.command("longest", help=BENCH_LONGEST_HELP)(bench_longest)
 bench_app.command("loss", help=BENCH_LOSS_HELP)(bench_loss)
 bench_app.command("memory", help=BENCH_MEMORY_HELP)(bench_memory)
 bench_app.command("train", help=BENCH_TRAIN_HELP)(bench_train)

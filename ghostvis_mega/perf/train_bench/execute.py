@@ -63,8 +63,9 @@ def execute(order: Order, groups: Groups, *, device: torch.device, watchdog: Wat
     if groups.rank != 0:
         return
     on_gpu = device.type == "cuda"
-    description = dict(trainer.description)
+    description, device_bytes = dict(trainer.description), None
     if on_gpu:
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
         # Each freed what was cached and asked the driver anew, which stops the GPU.
         retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
         description["allocator retries"] = str(retries)
@@ -76,6 +77,7 @@ def execute(order: Order, groups: Groups, *, device: torch.device, watchdog: Wat
         steps=measurement.steps,
         allocated_bytes=measurement.allocated_bytes,
         reserved_bytes=measurement.reserved_bytes,
+        device_bytes=device_bytes,
         device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         on_gpu=on_gpu,
         fp8=order.run.train.fp8 != "none",

@@ -65,6 +65,8 @@ class RowResult:
     allocated_bytes: int | None = None
     """Most on one device; None on a CPU."""
     reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    """Memory that one device has."""
     device: str = ""
     on_gpu: bool = False
     fp8: bool = False
