@@ -82,7 +82,7 @@ Part = Annotated[
     list[str] | None, typer.Option("--part", help="llm, vision or connector only; repeatable.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as it is), fp32 or bf16.")]
-Force = Annotated[bool, typer.Option(help="Replace OUT where it exists.")]
+Force = Annotated[bool, typer.Option(help="Replace OUT if it is a checkpoint or an export.")]
 
 
 def refuse(error: GhostVisError) -> typer.Exit:

@@ -168,6 +168,9 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
         CheckpointError: The checkpoint is damaged, holds a parameter that has no place, or cannot
             be written in this format. Nothing is left at `out`.
     """
+    assets = options.assets
+    given = (checkpoint, assets.data, assets.tokenizer, assets.folder)
+    sources = [path for path in given if path is not None]
     with ExitStack() as stack:
         weights = stack.enter_context(NativeWeights(checkpoint, once=True))
         plan = plan_export(weights.parts, weights.tensors, options)
@@ -180,7 +183,7 @@ def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
         pool = stack.enter_context(ThreadPoolExecutor(min(WRITERS, max(1, cores // 2))))
         files = weights.reader.files("weights") if options.check else []
         beside = [pool.submit(weights.damage, file) for file in files if not weights.has_crc(file)]
-        with new_directory(out, force=options.force) as folder:
+        with new_directory(out, force=options.force, sources=sources) as folder:
             shards = plan.shards(options.shard_bytes)
             pieces = tensor_pieces(plan, weights.pieces)
             written = write_parallel(folder, shards, lambda: pieces)

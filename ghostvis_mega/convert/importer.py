@@ -162,7 +162,7 @@ def import_hf(sources: Sequence[Path], out: Path, options: ImportOptions) -> Pat
         for folder, own in zip(folders, given, strict=True):
             for tensor in _plan(folder, own, parts, options):
                 tensors[tensor.entry.native] = tensor
-        with new_directory(out, force=options.force) as temporary:
+        with new_directory(out, force=options.force, sources=sources) as temporary:
             _write(temporary, tensors, parts, folders, options)
     held = sum(prod(tensor.info.shape) for tensor in tensors.values())
     log.info("imported %d tensors, %d parameters into %s", len(tensors), held, out)

@@ -1,6 +1,7 @@
 """Directories that appear whole or not at all, with sizes and SHA-256 of all that is in them."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ghostvis_mega.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST_FILE
 from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.hf_folder import INDEX, SINGLE, read_json
 from ghostvis_mega.convert.tensor_file import (
@@ -21,6 +23,7 @@ from ghostvis_mega.utils.files import (
     atomic_write_json,
     canonical_json,
     fsync_directory,
+    read_small,
     sha256_file,
 )
 
@@ -37,20 +40,76 @@ Shard = tuple[str, list[tuple[str, TensorInfo]]]
 """File name and tensors in order."""
 
 
-@contextlib.contextmanager
-def new_directory(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends without an error.
+def check_target(path: Path, *, force: bool, sources: Sequence[Path]) -> None:
+    """Refuse to replace a source, or anything but a checkpoint or an export, and that only with
+    `force`.
 
     Raises:
-        CheckpointError: `path` exists and `force` is false, or its parent cannot be written to.
+        CheckpointError: Names the directory and what would be lost.
     """
     if path.exists() and not force:
         raise CheckpointError(f"{path} exists already; name another directory or give --force")
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file")
-    temporary = path.with_name(f"{path.name}.tmp")
+    target = _real(path)
+    for source in sources:
+        read = _real(source)
+        if path.exists() and (target == read or target in read.parents or read in target.parents):
+            raise CheckpointError(
+                f"--force does not replace {path}, because {source} is read; name another directory"
+            )
+        for aside in _asides(target):
+            # Whatever an interrupted run left there is deleted.
+            if aside == read or aside in read.parents:
+                raise CheckpointError(
+                    f"{path} is written as {aside.name} first, which {source} is read from; name "
+                    "another directory"
+                )
+    if path.exists() and any(path.iterdir()) and not _is_ours(path):
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor an export, so --force does not replace it: name "
+            "another directory or remove it yourself"
+        )
+
+
+def _real(path: Path) -> Path:
+    """Without links and dots: `.` has no name that another directory could be renamed to."""
+    return Path(os.path.realpath(path))
+
+
+def _asides(target: Path) -> tuple[Path, Path]:
+    """Names beside a directory: of the new one while it grows, of the old one until it is gone."""
+    return target.with_name(f"{target.name}.tmp"), target.with_name(f"{target.name}.replaced")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is an export or a checkpoint, whole or damaged; a dataset has a manifest too."""
+    if (folder / EXPORT_FILE).is_file():
+        return True
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.loads(read_small(folder / MANIFEST_FILE, limit=LARGEST_MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and str(content.get("schema")).startswith("gvc/")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends without an error.
+
+    Args:
+        path: Of the directory.
+        force: Replace a checkpoint or an export.
+        sources: What the content is made from, which is never replaced.
+
+    Raises:
+        CheckpointError: `path` may not be replaced, or its parent cannot be written to.
+    """
+    check_target(path, force=force, sources=sources)
+    target = _real(path)
+    temporary, replaced = _asides(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
             # An interrupted run left it; it was never complete.
             shutil.rmtree(temporary)
@@ -61,16 +120,15 @@ def new_directory(path: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield temporary
         fsync_directory(temporary)
-        if path.exists():
-            replaced = path.with_name(f"{path.name}.replaced")
+        if target.exists():
             if replaced.exists():
                 shutil.rmtree(replaced)
-            os.replace(path, replaced)
-            os.replace(temporary, path)
+            os.replace(target, replaced)
+            os.replace(temporary, target)
             shutil.rmtree(replaced)
         else:
-            os.replace(temporary, path)
-        fsync_directory(path.parent)
+            os.replace(temporary, target)
+        fsync_directory(target.parent)
         done = True
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error

@@ -127,7 +127,7 @@ def quantize_hf(
                 infos[f"{name}_scale"] = TensorInfo("F32", (info.shape[0], 1))
         errors: list[LayerError] = []
         shards = hf_shards(infos, largest=shard_bytes)
-        with new_directory(out, force=force) as temporary:
+        with new_directory(out, force=force, sources=[source]) as temporary:
             stream = _stream(folder, linear, chosen, errors)
             written = write_ordered(temporary, shards, stream)
             write_index(temporary, shards)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from ghostvis_mega.convert.assets import Assets
 from ghostvis_mega.convert.compare import compare, damage
 from ghostvis_mega.convert.exporter import ExportOptions, export_hf
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
+from ghostvis_mega.convert.output import EXPORT_FILE
+from ghostvis_mega.convert.quantize import quantize_hf
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.files import canonical_json, document_digest
 from tests.convert.cases import IMAGE, build, save
@@ -246,6 +250,80 @@ def test_a_directory_is_never_overwritten_without_being_told(tmp_path: Path, tex
         import_hf([text], out, ImportOptions())
     import_hf([text], out, ImportOptions(force=True))
     assert damage(out) == [] and not list(tmp_path.glob("*.replaced"))
+
+
+@pytest.mark.parametrize("command", ["import", "export", "quantize"])
+def test_force_never_deletes_what_is_read(tmp_path: Path, text: Path, monkeypatch, command: str):
+    model = tmp_path / "models" / "text"
+    shutil.copytree(text, model)
+    source = model
+    if command == "export":
+        source = import_hf([model], tmp_path / "models" / "checkpoints" / "step-1", ImportOptions())
+
+    def convert(out: Path) -> None:
+        if command == "import":
+            import_hf([source], out, ImportOptions(force=True))
+        elif command == "export":
+            export_hf(source, out, ExportOptions(force=True))
+        else:
+            quantize_hf(source, out, scheme="int8", force=True)
+
+    before = everything_in(tmp_path)
+    # Even where each looks like something that may be replaced.
+    marks = [folder / EXPORT_FILE for folder in (source, source.parent, source.parent.parent)]
+    inside = source / "inside"
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for mark in marks:
+        mark.write_text("{}")
+    (inside / "x").mkdir(parents=True)
+    (inside / EXPORT_FILE).write_text("{}")
+    monkeypatch.chdir(source)
+    for out in (source, source.parent, source.parent.parent, inside, link, Path("."), Path("..")):
+        with pytest.raises(CheckpointError, match=f"does not replace {re.escape(str(out))}, bec"):
+            convert(out)
+    monkeypatch.chdir(tmp_path)
+    link.unlink()
+    shutil.rmtree(inside)
+    for mark in marks:
+        mark.unlink()
+    for name in ("tmp", "replaced"):
+        beside = source.with_name(f"new.{name}")
+        source.rename(beside)
+        source = beside
+        with pytest.raises(CheckpointError, match=f"is written as new.{name} first"):
+            convert(source.with_name("new"))
+        source = source.rename(marks[0].parent)
+    assert everything_in(tmp_path) == before
+    convert(tmp_path / "new")
+    convert(tmp_path / "new")
+    assert damage(tmp_path / "new") == []
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_force_replaces_a_checkpoint_or_an_export_alone(
+    tmp_path: Path, text: Path, easy_vqa: Path
+):
+    dataset, notes = tmp_path / "some.gvd", tmp_path / "notes"
+    shutil.copytree(easy_vqa / "train.gvd", dataset)
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("years of work")
+    (notes / "manifest.json").write_text("[")
+    before = everything_in(tmp_path)
+    for out in (dataset, notes):
+        with pytest.raises(CheckpointError, match="neither a checkpoint nor an export, so --force"):
+            import_hf([text], out, ImportOptions(force=True))
+    assert everything_in(tmp_path) == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for _ in range(2):
+        import_hf([text], empty, ImportOptions(force=True))
+    export_hf(empty, tmp_path / "out", ExportOptions())
+    import_hf([text], tmp_path / "out", ImportOptions(force=True))
+    assert damage(empty) == [] and damage(tmp_path / "out") == []
 
 
 STALL = """
