@@ -74,16 +74,17 @@ class HFFolder(Source):
         return read_json(self.path / CONFIG)
 
     def _names(self) -> list[str]:
+        single = (self.path / SINGLE).is_file()
         if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{self.path / INDEX} holds no weight_map")
-            names = sorted({str(name) for name in weight_map.values()})
-            # An index may come from anywhere; it must not send us outside its directory.
-            if bad := [name for name in names if "/" in name or not name.endswith(".safetensors")]:
-                raise CheckpointError(f"{self.path / INDEX} lists the file {bad[0]!r}")
+            names = self._indexed()
+            if single and names != [SINGLE]:
+                # transformers takes the single file, vLLM what the index lists.
+                raise CheckpointError(
+                    f"{self.path} holds {SINGLE} and {INDEX}, which lists {names[0]}: programs "
+                    "read one or the other. Remove what is out of date"
+                )
             return names
-        if (self.path / SINGLE).is_file():
+        if single:
             return [SINGLE]
         found = sorted(path.name for path in self.path.glob("*.safetensors"))
         if not found:
@@ -91,6 +92,19 @@ class HFFolder(Source):
                 f"{self.path} holds no *.safetensors; weights in other formats are not read"
             )
         return found
+
+    def _indexed(self) -> list[str]:
+        """The files that the index lists."""
+        weight_map = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.path / INDEX} holds no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        # An index may come from anywhere; it must not send us outside its directory. Neither NUL
+        # nor half of a surrogate pair is in a file's name.
+        sound = (n.isprintable() and "/" not in n and n.endswith(".safetensors") for n in names)
+        if bad := [name for name, fine in zip(names, sound, strict=True) if not fine]:
+            raise CheckpointError(f"{self.path / INDEX} lists the file {bad[0]!r}")
+        return names
 
     def _add(self, name: str) -> None:
         file = self._files[name] = TensorFile(self.path / name, reader=self._reader)

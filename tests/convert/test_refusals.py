@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ghostvis_mega.convert.assets import Assets
 from ghostvis_mega.convert.compare import compare, damage
 from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.convert.output import EXPORT_FILE
 from ghostvis_mega.convert.quantize import quantize_hf
@@ -116,6 +117,27 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path):
     save_file(load_file(first) | {NORM: torch.ones(112)}, first)
     with pytest.raises(CheckpointError, match=f"{NORM} is in {first.name} and in {second.name}"):
         import_hf([source], tmp_path / "native", ImportOptions())
+
+
+def test_an_index_beside_a_single_file_is_refused(tmp_path: Path, text: Path):
+    """transformers reads `model.safetensors` then, vLLM what the index lists."""
+    source = save(build("qwen2"), tmp_path / "source", files=2)
+    shutil.copy(text / "model.safetensors", source)
+    for read in (
+        lambda: import_hf([source], tmp_path / "native", ImportOptions()),
+        lambda: compare(source, text),
+        lambda: HFFolder(source),
+    ):
+        with pytest.raises(CheckpointError, match=r"holds model.safetensors and .*index.json, whi"):
+            read()
+    index = source / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert compare(source, text).differences == ()
+    for name in ("a\0b.safetensors", "\ud800.safetensors", "../a.safetensors", "a.bin"):
+        index.write_text(json.dumps({"weight_map": {NORM: name}}))
+        with pytest.raises(CheckpointError, match=re.escape(f"lists the file {name!r}")):
+            HFFolder(source)
 
 
 def test_missing_and_cut_files_are_named(tmp_path: Path):
@@ -304,9 +326,7 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_force_replaces_a_checkpoint_or_an_export_alone(
-    tmp_path: Path, text: Path, easy_vqa: Path
-):
+def test_force_replaces_a_checkpoint_or_an_export_alone(tmp_path: Path, text: Path, easy_vqa: Path):
     dataset, notes = tmp_path / "some.gvd", tmp_path / "notes"
     shutil.copytree(easy_vqa / "train.gvd", dataset)
     notes.mkdir()
