@@ -33,11 +33,14 @@ Examples:
   python -m ghostvis_mega convert export runs/demo/checkpoints/step-00001800 --out exports/demo \\
     --data datasets/easy-vqa-train.gvd
   python -m ghostvis_mega convert export runs/sft/checkpoints/step-00010000 --out exports/sft \\
-    --assets Qwen2.5-1.5B --image-token 151655 --dtype bf16
+    --data datasets/sft.gvd --dtype bf16
+  python -m ghostvis_mega convert export weights/llava --out exports/llava --assets llava-model
 
 \b
 Formats: llava (connector mlp), ghostvis (other connectors; brings its code), text (the language
-model alone), tower (the vision tower alone). Exit code: 0 done, 2 not possible.
+model alone), tower (the vision tower alone). The files of --assets are copied; with pictures, its
+chat template must show one, which those of language models do not: give --data there.
+Exit code: 0 done, 2 not possible.
 """
 VERIFY_HELP = """Check a directory against its own digests, or two sets of weights for equal bits.
 

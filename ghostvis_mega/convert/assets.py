@@ -3,12 +3,13 @@
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ghostvis_mega.convert.hf_config import Format, processor_patches
 from ghostvis_mega.convert.hf_folder import CONFIG, read_json
+from ghostvis_mega.convert.hf_template import GENERATION, HFChat, optional_json
 from ghostvis_mega.convert.hf_tokenizer import (
     PROBES,
     chat_template,
@@ -34,8 +35,9 @@ _COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _STATISTICS = {
     "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
@@ -66,12 +68,15 @@ class Found:
     """Ids of `image`, `bos`, `eos`, `pad`, as far as known."""
     image_piece: str
     stops: tuple[int, ...] = ()
+    """What ends an answer; of `folder`, only where that is more than its settings say."""
     tokenizer: Tokenizer | None = None
     style: str = ""
     folder: Path | None = None
     texts: tuple[str, ...] = ()
     vocab_size: int = 0
     """Ids that the tokenizer has."""
+    chat: str | None = None
+    """Template of `folder`, to be written where a processor looks for it."""
 
 
 def find_assets(assets: Assets) -> Found:
@@ -144,6 +149,36 @@ def _from_folder(folder: Path, told: dict[str, int]) -> Found:
     return Found(tokens=tokens, image_piece=piece, folder=folder)
 
 
+def check_chat(found: Found, form: Format) -> Found:
+    """What a directory's chat template is worth to a model of this form.
+
+    Returns:
+        With the token that ends an answer in the template among the stops.
+
+    Raises:
+        CheckpointError: The model sees pictures and the template cannot show one.
+        DataError: The template fails on a question and its answer.
+    """
+    folder = found.folder
+    if folder is None or form == "tower":
+        return found
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        log.warning("%s holds no tokenizer, so none is written", folder)
+        return found
+    chat, pictures = HFChat(folder), form != "text"
+    if pictures and (problem := chat.picture_problem(found.image_piece)):
+        raise CheckpointError(
+            f"{problem}, so nobody could ask the export about one: give --data with the dataset "
+            f"that the model was trained on, or --tokenizer {folder / 'tokenizer.json'} with the "
+            "--template of its data"
+        )
+    stops, end = chat.stops(), chat.end_token()
+    if end is not None and end not in stops:
+        log.info("%s: its chat template ends answers with %d, which now ends them", folder, end)
+        found = replace(found, stops=(end, *stops))
+    return replace(found, chat=chat.template) if pictures else found
+
+
 def write_assets(
     folder: Path, found: Found, parts: Parts, form: Format, *, max_positions: int | None
 ) -> None:
@@ -156,6 +191,12 @@ def write_assets(
         for name in _COPIED:
             if (found.folder / name).is_file():
                 shutil.copyfile(found.folder / name, folder / name)
+        if found.chat is not None:
+            # A processor does not look into tokenizer_config.json.
+            (folder / "chat_template.jinja").write_text(found.chat, encoding="utf-8")
+        if found.stops:
+            settings = optional_json(found.folder / GENERATION)
+            _write_json(folder / GENERATION, settings | {"eos_token_id": list(found.stops)})
     elif found.tokenizer is not None:
         if parts.llm is not None and found.vocab_size > parts.llm.vocab_size:
             raise CheckpointError(
@@ -172,7 +213,7 @@ def write_assets(
         known = {k: v for k, v in found.tokens.items() if k in ("bos", "pad")}
         settings = {"do_sample": False, "eos_token_id": eos}
         settings |= {f"{name}_token_id": value for name, value in known.items()}
-        _write_json(folder / "generation_config.json", settings)
+        _write_json(folder / GENERATION, settings)
     if parts.vision is not None and form != "text":
         _write_processor(folder, found, parts, form)
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.manifest import Manifest
-from ghostvis_mega.convert.assets import Assets, Found, find_assets, write_assets
+from ghostvis_mega.convert.assets import Assets, Found, check_chat, find_assets, write_assets
 from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.card import card
 from ghostvis_mega.convert.hf_config import Format, choose_format, config_of_parts
@@ -123,7 +123,7 @@ def plan_export(
     if options.dtype != "auto" and options.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"--dtype {options.dtype} is unknown: use auto, fp32 or bf16")
     form = choose_format(parts, options.format)
-    found = find_assets(options.assets)
+    found = check_chat(find_assets(options.assets), form)
     vocab = 0
     if parts.llm is not None:
         vocab = options.vocab_size or parts.llm.vocab_tokens

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from ghostvis_mega.convert.assets import Assets, find_assets
-from ghostvis_mega.convert.hf_folder import CONFIG, read_json
+from ghostvis_mega.convert.hf_template import HFChat
 from ghostvis_mega.data.template import ChatTemplate, ImagePart, RowError, Turn
 from ghostvis_mega.data.tokenizer import Tokenizer
 from ghostvis_mega.generate.weights import is_native
@@ -19,15 +19,6 @@ from ghostvis_mega.utils.errors import CheckpointError, DataError
 PLACEHOLDER = "<|image|>"
 """Marks a picture in prompts, whatever the model's own piece is."""
 _ANSWER = "x"
-_TEMPLATE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What the expressions of a template can raise, beside the template language's own errors."""
 
 
 class ModelText(ABC):
@@ -123,8 +114,6 @@ class HuggingFaceText(ModelText):
     """
 
     def __init__(self, folder: Path):
-        from transformers import PreTrainedTokenizerFast
-
         self._folder = folder
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -141,36 +130,17 @@ class HuggingFaceText(ModelText):
         self.image_token, self._piece = found.tokens.get("image"), found.image_piece
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values())
-        self.stop_tokens = frozenset(_stops(folder))
-        settings = _optional_json(folder / "tokenizer_config.json")
-        specials = {
-            f"{name}_token": _content(settings.get(f"{name}_token")) for name in ("bos", "eos")
-        }
-        self._jinja = PreTrainedTokenizerFast(
-            tokenizer_object=self._tokenizer, **{k: v for k, v in specials.items() if v}
-        )
-        self._chat = _chat_template(folder, settings)
+        self._chat = HFChat(folder, self._tokenizer)
+        self.stop_tokens = frozenset(self._chat.stops())
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The chat template, rendered as stock programs do."""
-        import jinja2
-
-        if self._chat is None:
+        if self._chat.template is None:
             raise CheckpointError(
                 f"{self._folder} holds no chat template: it is no chat model. --raw goes on with "
                 "plain text"
             )
-        try:
-            text = self._jinja.apply_chat_template(
-                [_message(turn) for turn in turns],
-                chat_template=self._chat,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
-            raise DataError(
-                f"{self._folder}: its chat template fails: {error or type(error).__name__}"
-            ) from error
+        text = self._chat.render([_message(turn) for turn in turns], answer_next=True)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def plain(self, parts: Sequence[str | ImagePart]) -> list[int]:
@@ -192,45 +162,6 @@ def _message(turn: Turn) -> dict[str, Any]:
         for part in turn.parts
     ]
     return {"role": turn.role, "content": content}
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _content(token: Any) -> str | None:
-    """A special token as settings have it: text, or a mapping that holds it."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
-
-
-def _stops(folder: Path) -> list[int]:
-    config = read_json(folder / CONFIG)
-    for source in (
-        _optional_json(folder / "generation_config.json"),
-        config,
-        config.get("text_config") or {},
-    ):
-        value = source.get("eos_token_id")
-        values = value if isinstance(value, list) else [value]
-        if values and all(isinstance(token, int) for token in values):
-            return values
-    return []
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} cannot be read: {error}") from error
-    value = _optional_json(folder / "chat_template.json").get("chat_template")
-    value = value or settings.get("chat_template")
-    if isinstance(value, list):  # several with names
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
 
 
 def split_prompt(text: str, *, num_images: int) -> tuple[str | ImagePart, ...]:

@@ -1,5 +1,6 @@
 """Tokenizers, chat templates and pictures are on the other side what they are in training."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import CLIPVisionModel, SiglipVisionModel
+from transformers import AutoProcessor, CLIPVisionModel, GenerationConfig, SiglipVisionModel
 
 from ghostvis_mega.convert.assets import Assets, find_assets, image_processor, write_assets
 from ghostvis_mega.convert.exporter import ExportOptions, export_hf
+from ghostvis_mega.convert.hf_template import HFChat
 from ghostvis_mega.convert.hf_tokenizer import (
     PROBES,
     chat_template,
@@ -29,9 +31,10 @@ from ghostvis_mega.data.ingest import Source, ingest
 from ghostvis_mega.data.styles import STYLES
 from ghostvis_mega.data.template import ChatTemplate, ImagePart, Turn, load_tokenizer
 from ghostvis_mega.data.tokenizer import train_tokenizer
+from ghostvis_mega.generate.text import open_text
 from ghostvis_mega.model.vision import _PIXEL_STATISTICS
-from ghostvis_mega.utils.errors import CheckpointError
-from tests.convert.cases import IMAGE, build, different, save, tensors_of
+from ghostvis_mega.utils.errors import CheckpointError, DataError
+from tests.convert.cases import build, different, save, tensors_of
 from tests.convert.gguf_cases import letters
 from tests.convert.test_stock_programs import parts_of
 from tests.data.vocabularies import mistral_model, qwen_ranks, smollm2_json
@@ -165,19 +168,121 @@ def test_the_position_table_is_resized_once_as_transformers_would(
         import_hf([source], tmp_path / "new", ImportOptions(image_size=18))
 
 
-def test_tokenizer_files_of_a_directory_are_copied(tmp_path: Path):
-    source = save(build("llava-siglip"), tmp_path / "source")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "secret.txt"):
-        (source / name).write_text(f'{{"name": "{name}"}}')
-    native = import_hf([source], tmp_path / "native", ImportOptions())
-    out = export_hf(native, tmp_path / "out", ExportOptions(assets=Assets(folder=source)))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+TEXT_ONLY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}"
+    "{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'image' %}"
+    "{{ '<|image_pad|>' }}{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IM_END, PAD, ENDOFTEXT = 257, 258, 259
+
+
+def base_qwen(folder: Path, template: str | None) -> Path:
+    """The files that Qwen2.5's base model has: answers end with a token that no setting names."""
+    folder.mkdir()
+    made = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(letters())}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    if template is not None:
+        settings["chat_template"] = template
+    for name, value in (
+        ("tokenizer_config.json", settings),
+        ("generation_config.json", {"eos_token_id": ENDOFTEXT, "max_new_tokens": 2048}),
+        ("config.json", {"model_type": "qwen2", "eos_token_id": ENDOFTEXT}),
+    ):
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+def wide(folder: Path, name: str) -> Path:
+    """A checkpoint whose vocabulary has room for that tokenizer."""
+    source = save(build(name), folder / f"{name}-source")
+    return import_hf([source], folder / name, ImportOptions(vocab_multiple=512))
+
+
+def with_assets(native: Path, out: Path, assets: Assets) -> Path:
+    return export_hf(native, out, ExportOptions(assets=assets, vocab_size=512))
+
+
+def test_an_export_with_copied_files_can_be_asked_about_a_picture(tmp_path: Path):
+    source = base_qwen(tmp_path / "assets", PARTS)
+    (source / "secret.txt").write_text("x")
+    assets = Assets(folder=source, tokens={"image": PAD})
+    native = wide(tmp_path, "llava-siglip")
+    out = with_assets(native, tmp_path / "out", assets)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert not (out / "secret.txt").exists()
-    assert find_assets(Assets(folder=out)).tokens["image"] == IMAGE
+    assert find_assets(Assets(folder=out)).tokens["image"] == PAD
+    processor = AutoProcessor.from_pretrained(out)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\n<|image_pad|>What?<|im_end|>\n<|im_start|>assistant\n"
+    ours = open_text(out, Assets())
+    turns = [Turn("user", (ImagePart(), "What?"))]
+    assert ours.prompt(turns) == processor.tokenizer.encode(prompt, add_special_tokens=False)
+    # What ends an answer in the template ends it in both programs; all else is as it was.
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [IM_END, ENDOFTEXT]
+    assert GenerationConfig.from_pretrained(out).max_new_tokens == 2048
+    assert ours.stop_tokens == {IM_END, ENDOFTEXT}
+    again = with_assets(native, tmp_path / "again", Assets(folder=out))
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
     shutil.rmtree(source)
     with pytest.raises(CheckpointError, match="config.json cannot be read"):
-        export_hf(native, tmp_path / "new", ExportOptions(assets=Assets(folder=source)))
+        with_assets(native, tmp_path / "new", assets)
+
+
+def test_a_chat_template_without_pictures_is_for_text_alone(tmp_path: Path):
+    native = wide(tmp_path, "llava-siglip")
+    for number, (template, told) in enumerate(
+        (
+            (TEXT_ONLY, "its chat template fails: .*so nobody could ask .*give --data"),
+            (None, "holds no chat template, so nobody"),
+            (PARTS.replace("<|image_pad|>", "<img>"), "makes 0 times <|image_pad|>"),
+            (PARTS.replace("image_pad|>", "image_pad|><|image_pad|>"), "makes 2 times"),
+        )
+    ):
+        source = base_qwen(tmp_path / f"assets-{number}", template)
+        with pytest.raises(CheckpointError, match=told.replace("|", r"\|")):
+            with_assets(native, tmp_path / "out", Assets(folder=source, tokens={"image": PAD}))
+    assert not (tmp_path / "out").exists()
+    source = tmp_path / "assets-0"
+    # As the sentence says: its vocabulary with the template of the data.
+    out = with_assets(native, tmp_path / "out", Assets(tokenizer=source / "tokenizer.json"))
+    assert open_text(out, Assets()).stop_tokens == {IM_END, ENDOFTEXT}
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    prompt = AutoProcessor.from_pretrained(out).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert prompt == "<|im_start|>user\n<|image_pad|>What?<|im_end|>\n<|im_start|>assistant\n"
+    # A model of text is asked with that template, and stops where it ends.
+    text = with_assets(wide(tmp_path, "llama"), tmp_path / "text", Assets(folder=source))
+    assert open_text(text, Assets()).stop_tokens == {IM_END, ENDOFTEXT}
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ 1 / 0 }}"}')
+    with pytest.raises(DataError, match="its chat template fails: division by zero"):
+        with_assets(tmp_path / "llama", tmp_path / "new", Assets(folder=source))
+
+
+def test_the_end_of_an_answer_is_read_from_parts_where_text_has_no_place(tmp_path: Path):
+    """As LLaVA 1.5's template; it puts no special behind an answer."""
+    folder = base_qwen(
+        tmp_path / "assets",
+        "{% for m in messages %}{{ m.role.upper() + ': ' }}{% for p in m.content | "
+        "selectattr('type', 'equalto', 'text') %}{{ p.text + ' ' }}{% endfor %}{% endfor %}",
+    )
+    assert HFChat(folder).end_token() is None
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(DataError, match="its chat template leaves the answer out"):
+        HFChat(folder).end_token()
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
