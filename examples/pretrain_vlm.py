@@ -6,7 +6,8 @@ Examples:
     python examples/pretrain_vlm.py --config RUN.yaml train.steps=100
 
 SIGTERM and SIGUSR1 to any rank make all of them save and stop before the next step. Exit code: 0
-finished, 85 saved and to be started again, 2 wrong settings, 70 a hang, 1 other errors.
+finished, 85 saved and to be started again, 2 wrong settings, 3 another launch has taken the output
+folder over, 70 a hang, 1 other errors.
 """
 
 import argparse
@@ -17,10 +18,14 @@ import time
 from ghostvis_mega.checkpoint.lock import in_use
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.train.signals import EXIT_REQUEUE, StopRequest
-from ghostvis_mega.utils.errors import ConfigError, GhostVisError
+from ghostvis_mega.utils.errors import ConfigError, FolderTakenError, GhostVisError
 from ghostvis_mega.utils.imports import many_imports
 from ghostvis_mega.utils.logging import setup_logging
 from ghostvis_mega.utils.secrets import hide
+
+EXIT_FOLDER_TAKEN = 3
+"""Exit code of a run that stops because a later launch saves in its folder. Not to be started
+again: it would take the folder back."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,7 +62,7 @@ def main() -> int:
         return 2
     except GhostVisError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {hide(str(error))}", file=sys.stderr)
-        return 1
+        return EXIT_FOLDER_TAKEN if isinstance(error, FolderTakenError) else 1
     return EXIT_REQUEUE if stop.agreed else 0
 
 

@@ -2,11 +2,12 @@
 # What the job files share; they source it in the folder that `sbatch` was called from.
 #
 # A training job checks its settings, then its nodes, starts one process a GPU and waits. Exit codes
-# of `examples/pretrain_vlm.py` decide what follows: 0 done; 2 wrong settings, the job ends; 85 asked
-# to stop and saved, the job goes back into the queue; anything else is a death, and the job goes back
-# as long as it gets on (GHOSTVIS_FRUITLESS_STARTS).
+# of `examples/pretrain_vlm.py` decide what follows: the job ends after 0 (done), 2 (wrong settings) and
+# 3 (another launch has the output folder now). After 85 (asked to stop) and all others, which are
+# deaths, it goes back into the queue as long as it gets on (GHOSTVIS_FRUITLESS_STARTS).
 
 EXIT_WRONG=2
+EXIT_TAKEN=3
 EXIT_SICK_NODE=4
 EXIT_REQUEUE=85
 
@@ -137,9 +138,10 @@ requeue() {
     scontrol requeue "$SLURM_JOB_ID"
 }
 
-# Whether a job that died may try again: always after a new checkpoint, else a few times.
+# Whether a job that has not finished may try again: always after a new checkpoint, else a few times.
+# Each job counts its own starts: one that is submitted anew begins with none.
 may_try_again() {
-    local output=$1 before=$2 now count=0 seen file=$1/slurm-fruitless-starts
+    local output=$1 before=$2 now count=0 seen file=$1/slurm-fruitless-starts-$SLURM_JOB_ID
     now=$(last_save "$output")
     if [ "$now" = "$before" ]; then
         if [ -f "$file" ]; then
@@ -155,7 +157,7 @@ may_try_again() {
 
 # A training, from its settings to its end: train CONFIG [section.key=value ...]
 train() {
-    local output before code
+    local output before code why="processes died"
     trap '' USR1 # until there are ranks to tell, it would only end this script
     check_environment || exit $EXIT_WRONG
     export_shared
@@ -172,12 +174,16 @@ train() {
     if [ $code = $EXIT_SICK_NODE ]; then exit $code; fi
     if [ $code = 0 ]; then run_ranks --config "$@" || code=$?; fi
     say "the ranks ended with $code${told:+ after $told}, $(last_save "$output")"
-    if [ "$told" = TERM ] || [ $code = 0 ] || [ $code = $EXIT_WRONG ]; then exit $code; fi
-    if [ $code = $EXIT_REQUEUE ]; then
-        rm -f "$output/slurm-fruitless-starts"
-        requeue "asked to stop, and saved"
-    elif may_try_again "$output" "$before"; then
-        requeue "processes died"
+    if [ "$told" = TERM ]; then exit $code; fi
+    case $code in
+        # Who takes a folder over goes on in it. Were this job to start again, it would take it back,
+        # and so on; that checkpoints are saved there is no sign that this job gets on.
+        0 | "$EXIT_WRONG" | "$EXIT_TAKEN") exit $code ;;
+        # Where it was asked before its first step there was nothing to save.
+        "$EXIT_REQUEUE") why="asked to stop" ;;
+    esac
+    if may_try_again "$output" "$before"; then
+        requeue "$why"
     else
         say "not again: $GHOSTVIS_FRUITLESS_STARTS more starts brought no new checkpoint"
     fi

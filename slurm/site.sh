@@ -13,7 +13,7 @@
 : "${GHOSTVIS_MASTER_PORT:=$((20000 + (${SLURM_JOB_ID:-0} + 7 * ${SLURM_RESTART_COUNT:-0}) % 10000))}"
 # Ranks that go on this long after another one has ended are taken down.
 : "${GHOSTVIS_WAIT_S:=60}"
-# A job whose processes died starts itself again while it gets on; this often without a new checkpoint.
+# A job that has not finished starts itself again while it gets on; this often without a new checkpoint.
 : "${GHOSTVIS_FRUITLESS_STARTS:=2}"
 # What a node needs free in /tmp and /dev/shm, in MiB.
 : "${GHOSTVIS_MIN_FREE_MIB:=512}"

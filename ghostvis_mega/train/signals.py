@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 85
 """Exit code of a run that was asked to stop and has saved: start it again to go on. No shell, no
-signal (128 + n) and none of our other ends (1, 2, 70) uses it."""
+signal (128 + n) and none of our other ends (1, 2, 3, 70) uses it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

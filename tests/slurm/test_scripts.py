@@ -113,8 +113,11 @@ def test_the_ranks_meet_at_the_first_node(tmp_path: Path) -> None:
     assert again.strip() != first
 
 
-def fruitless(output: Path, *, before: str) -> bool:
-    done = bash(f'source slurm/common.sh; may_try_again "{output}" "{before}"', **JOB)
+def fruitless(output: Path, *, before: str, job: str = "7") -> bool:
+    done = bash(
+        f'source slurm/common.sh; may_try_again "{output}" "{before}"',
+        **JOB | {"SLURM_JOB_ID": job},
+    )
     assert done.stderr == ""
     return done.returncode == 0
 
@@ -139,6 +142,57 @@ def test_a_job_that_dies_tries_again_while_it_gets_on(tmp_path: Path) -> None:
     assert again.split()[0] == newest.split()[0] and again != newest
     assert fruitless(output, before=newest)
     assert [fruitless(output, before=again) for _ in range(3)] == [True, True, False]
+
+
+def test_a_job_that_is_submitted_anew_has_its_own_tries(tmp_path: Path) -> None:
+    tries = [fruitless(tmp_path, before="", job=job) for job in "7778887"]
+    assert tries == [True, True, False] * 2 + [False]
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """`srun` with which each node is found healthy, and `scontrol` that tells what it is asked."""
+    folder = fake(fake(tmp_path / "bin", "srun", ""), "scontrol", "")
+    (folder / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
+    return folder
+
+
+def start(output: Path, *, commands: Path, code: int, saves: bool) -> str:
+    """The log of one start of job 7, whose ranks end with `code`."""
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save = f"echo step-1 >{output}/checkpoints/latest;" if saves else ""
+    done = bash(
+        f"source slurm/common.sh; check_settings() {{ echo {output}; }};"
+        f"export_rendezvous() {{ :; }}; run_ranks() {{ {save} return {code}; }}; train run.yaml",
+        commands=commands, **JOB,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, "")
+    assert f"the ranks ended with {code}," in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_a_final_end_stays_one_whoever_has_saved_meanwhile(
+    tmp_path: Path, commands: Path, code: int
+) -> None:
+    assert "requeue" not in start(tmp_path / "run", commands=commands, code=code, saves=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [(85, "asked to stop"), (70, "processes died"), (1, "processes died"), (137, "processes died")],
+)
+def test_a_job_that_has_not_finished_goes_back_while_it_gets_on(
+    tmp_path: Path, commands: Path, code: int, why: str
+) -> None:
+    logs = [
+        start(tmp_path / "run", commands=commands, code=code, saves=saves)
+        for saves in (True, False, False, False, True)
+    ]
+    back = [f"back into the queue: {why}\nscontrol requeue 7\n" in log for log in logs]
+    assert back == [True, True, True, False, True]
+    assert "not again: 2 more starts brought no new checkpoint" in logs[3]
+    assert "requeue" not in logs[3]
 
 
 def test_what_is_saved_after_a_start_was_counted_makes_it_a_good_one(tmp_path: Path) -> None:
