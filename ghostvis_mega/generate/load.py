@@ -3,12 +3,13 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ghostvis_mega.config.schema import ModelConfig
 from ghostvis_mega.convert.assets import image_processor
-from ghostvis_mega.convert.hf_folder import read_json
+from ghostvis_mega.convert.hf_template import optional_json
 from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.engine import LoadedModel
@@ -21,6 +22,17 @@ from ghostvis_mega.model.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
 
+_COMPARED = (
+    "size",
+    "do_resize",
+    "do_center_crop",
+    "do_pad",
+    "do_rescale",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "resample",
+)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -83,18 +95,32 @@ def default_kernels(model: ModelConfig, device: torch.device) -> Kernels:
 
 def preparation_note(source: ModelSource) -> str | None:
     """A sentence where a directory's own settings prepare pictures otherwise than we do."""
-    file = source.path / "preprocessor_config.json"
-    if source.model.vision is None or not file.is_file():
+    if source.model.vision is None:
         return None
-    own, ours = read_json(file), image_processor(Parts.of(source.model))
-    compared = ("do_center_crop", "do_pad", "do_normalize", "image_mean", "image_std", "resample")
-    other = [key for key in compared if key in own and own[key] != ours.get(key, False)]
+    file, own = _preparation(source.path)
+    ours = image_processor(Parts.of(source.model))
+    if isinstance(side := own.get("size"), int):
+        # Before sizes had names: a square for SigLIP, the shorter side for CLIP.
+        square = source.model.vision.kind == "siglip"
+        own["size"] = {"height": side, "width": side} if square else {"shortest_edge": side}
+    other = [key for key in _COMPARED if key in own and own[key] != ours.get(key, False)]
     if not other:
         return None
     return (
         f"{file} asks for {', '.join(f'{key}={own[key]}' for key in other)}; here a picture is "
-        "resized to a square whole, as in our training, so answers may differ from other programs'"
+        f"resized to a square of {source.model.vision.image_size} pixels whole, as in our "
+        "training, so answers may differ from other programs'"
     )
+
+
+def _preparation(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Settings of a directory's image processor and their file, as transformers looks for them."""
+    file = folder / "processor_config.json"
+    nested = optional_json(file).get("image_processor")
+    if isinstance(nested, dict):
+        return file, nested
+    file = folder / "preprocessor_config.json"
+    return file, optional_json(file)
 
 
 def _encoder(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> VisionEncoder:

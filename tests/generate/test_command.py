@@ -3,6 +3,7 @@ first."""
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -301,12 +302,48 @@ def test_models_that_cannot_answer_are_named(model, data, tmp_path):
     assert code == 2 and "holds neither" in err
 
 
+def saved_by_transformers(export: Path, folder: Path, **settings: Any) -> Path:
+    """The processor as `save_pretrained` writes it, in one file."""
+    processor = AutoProcessor.from_pretrained(export)
+    for name, value in settings.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(folder)
+    assert not (folder / "preprocessor_config.json").exists()
+    return folder
+
+
 def test_other_preparation_of_pictures_is_noted(model, tmp_path):
+    side = PRESETS["tiny"]["vision"]["image_size"]
+    square, shorter = {"height": side, "width": side}, {"shortest_edge": side}
+    same = saved_by_transformers(model[1], tmp_path / "same")
+    crop = saved_by_transformers(model[1], tmp_path / "crop", do_center_crop=True)
+    uncut = saved_by_transformers(model[1], tmp_path / "uncut", size=shorter)
     with open_model(model[1]) as source:
-        assert preparation_note(source) is None
-        (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": true}')
-        other = dataclasses.replace(source, path=tmp_path)
-        assert "do_center_crop=True" in str(preparation_note(other))
+        assert source.model.vision.kind == "siglip"
+
+        def note(folder: Path) -> str | None:
+            return preparation_note(dataclasses.replace(source, path=folder))
+
+        assert note(model[1]) is None and note(same) is None
+        assert f"{crop}/processor_config.json asks for do_center_crop=True;" in str(note(crop))
+        assert f"asks for size={shorter};" in str(note(uncut))
+        for number, (settings, told) in enumerate(
+            (
+                ({"size": square}, None),
+                ({"size": side}, None),
+                ({"size": side + 4}, "asks for size="),
+                ({"size": square, "do_center_crop": True}, "asks for do_center_crop=True;"),
+                ({"size": {**square, "width": 8}}, "asks for size="),
+            )
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+            found = note(folder)
+            assert found is None if told is None else told in str(found)
+        # Of two files transformers reads the new one.
+        shutil.copyfile(same / "processor_config.json", folder / "processor_config.json")
+        assert note(folder) is None
 
 
 def test_a_damaged_file_is_named(model, data, tmp_path):
