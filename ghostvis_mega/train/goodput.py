@@ -3,7 +3,8 @@
 `goodput.jsonl` in the run folder only grows: a line when a process starts, when it is ready to
 train, after some steps, when steps are undone. A killed process leaves at most its last line torn;
 the time up to the next launch then counts as `restart`. All seconds between the first launch and
-now are in exactly one of `PARTS`.
+now are in exactly one of `PARTS`. Launches on nodes whose clocks differ are put one after the
+other: what lies between two of them is then as long as the clocks say, and nothing at the least.
 """
 
 import contextlib
@@ -24,9 +25,10 @@ LEDGER = "goodput.jsonl"
 PARTS = (
     "productive", "data", "start-up", "save", "skipped", "lost", "restart", "evaluation", "other",
 )  # fmt: skip
-"""Steps that count, less their wait for data; that wait; from a process's start to its first step;
-training stopped for a save; steps left out; steps done and then undone; between a process's last
-line and the next one's start; answers to held-out questions; everything else."""
+"""Steps that count, less their wait for data (also a launch's first, with what is compiled in it);
+that wait; from a process's start to the beginning of its first step; training stopped for a save;
+steps left out; steps done and then undone; between a process's last line and the next one's start;
+answers to held-out questions; everything else."""
 _LEAST_S = 1.0
 _RARE = 2000
 """A line is written after this share of the run's time, but not more often than each second."""
@@ -40,8 +42,10 @@ class Account:
     first: float | None = None
     """Unix time of the first launch."""
     last: float = 0.0
-    """Unix time of the last line."""
+    """Unix time of the last line, by the clock of the first launch."""
     launches: int = 0
+    _behind: float = 0.0
+    """What the clock of the last launch lacks for its lines to follow those before it."""
     _kept: list[tuple[int, int, float, float]] = field(default_factory=list)
     """(first step, last step, productive, data) of steps that could still be undone."""
 
@@ -51,12 +55,15 @@ class Account:
         Raises:
             KeyError, TypeError, ValueError: It is no line of ours.
         """
-        kind, now = row["kind"], float(row["time"])
+        kind, clock = row["kind"], float(row["time"])
         if self.first is None:
-            self.first = self.last = now
-        # A clock that was set back gives no negative time.
-        passed = max(0.0, now - self.last)
-        self.last = max(self.last, now)
+            self.first = self.last = clock
+        if kind == "launch" and clock >= self.last:
+            self._behind = 0.0  # another node, or a clock that was put right
+        # Not for this line alone: those after it are by the same clock.
+        self._behind += max(0.0, self.last - self.at(clock))
+        passed = max(0.0, self.at(clock) - self.last)
+        self.last += passed
         if kind == "launch":
             self.launches += 1
             self.seconds["restart"] += passed
@@ -79,6 +86,10 @@ class Account:
         if row["last"] >= row["first"]:
             kept = (int(row["first"]), int(row["last"]), parts["productive"], parts["data"])
             self._kept.append(kept)
+
+    def at(self, clock: float) -> float:
+        """What a time by the clock of the last launch is by the clock of the first."""
+        return clock + self._behind
 
     def undo(self, step: int) -> None:
         """Steps after `step` will be done again, or left out: what they took is lost."""
@@ -159,7 +170,8 @@ class Goodput:
         else:
             self._take("data", data)
             self._take("productive", seconds - data)
-        if self._now() - self.account.last >= max(_LEAST_S, self.account.wall_s / _RARE):
+        since = self.account.at(self._now()) - self.account.last
+        if since >= max(_LEAST_S, self.account.wall_s / _RARE):
             self.write()
 
     @contextlib.contextmanager
@@ -189,7 +201,7 @@ class Goodput:
     def share(self) -> float:
         """Productive time over wall time up to now."""
         first = self.account.first
-        wall = 0.0 if first is None else self._now() - first
+        wall = 0.0 if first is None else self.account.at(self._now()) - first
         known = self.account.seconds["productive"] + self._parts.get("productive", 0.0)
         return known / wall if wall > 0 else 0.0
 

@@ -143,6 +143,55 @@ def test_a_torn_line_and_a_clock_set_back_do_no_harm(tmp_path: Path) -> None:
     assert min(account.seconds.values()) >= 0
 
 
+def rows_of_launch(clock: float, *, done: int) -> list[dict[str, Any]]:
+    """100 s of a launch after `done` steps, 90 of them for 18 more, by its node's clock."""
+    return [
+        {"kind": "launch", "time": clock},
+        {"kind": "ready", "time": clock + 10, "step": done},
+        {"kind": "time", "time": clock + 55, "first": done + 1, "last": done + 9, "productive": 45},
+        {"kind": "time", "time": clock + 100, "first": done + 10, "last": done + 18,
+         "productive": 45},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("clocks", "wall"),
+    [
+        ([0, 110], 210),
+        # A node that is behind by 60 s, once also for another launch; how long the time between
+        # the launches was is not to be known.
+        ([0, 50], 200),
+        ([0, -9000, -8890], 310),
+        # The first node again, whose clock knows how long all that took.
+        ([0, 50, 220], 320),
+    ],
+)
+def test_time_passes_too_on_a_node_whose_clock_is_behind(clocks: list[float], wall: float) -> None:
+    launches = [
+        rows_of_launch(1e6 + clock, done=18 * number) for number, clock in enumerate(clocks)
+    ]
+    account = account_of(*(row for rows in launches for row in rows))
+    assert account.wall_s == wall == sum(account.seconds.values())
+    assert account.seconds["productive"] == 90 * len(clocks)
+    assert account.seconds["start-up"] == 10 * len(clocks)
+    assert account.share == 90 * len(clocks) / wall < 1
+
+
+def test_a_launch_whose_clock_is_behind_tells_its_share(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.jsonl"
+    ahead = time.time() + 1000
+    path.write_text("".join(f"{json.dumps(r)}\n" for r in rows_of_launch(ahead - 100, done=0)))
+    goodput = Goodput(path)
+    goodput.ready(start=18)
+    began = time.monotonic()
+    while goodput.account.wall_s < 101:
+        time.sleep(0.1)
+        goodput.step(19, seconds=0.05, data=0.0, skipped=False)
+        assert time.monotonic() - began < 30, "no line is written any more"
+    assert 0.6 < goodput.share < 0.91
+    assert read_account(path).wall_s == goodput.account.wall_s
+
+
 def test_the_report_shows_every_part_that_took_time() -> None:
     seconds = dict.fromkeys(PARTS, 0.0) | {"productive": 80.0, "start-up": 15.0, "lost": 5.0}
     page = draw_goodput(Summary(goodput=0.8, goodput_seconds=seconds))
