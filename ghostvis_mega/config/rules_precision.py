@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from ghostvis_mega.config.schema import RunConfig
 
-_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
+FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
+"""Of the rows and columns of matrices, by recipe."""
 """Tokens and widths of a matrix that a recipe can quantise (`blockwise`: whole blocks of 128)."""
 
 
@@ -18,11 +19,11 @@ def fp8_notes(cfg: RunConfig) -> Iterator[str]:
             "samples of a pack change each other's values; use train.fp8=delayed if they must not."
         )
     # A rank holds one part in `context` of each sample.
-    block = _MULTIPLE["blockwise"] * cfg.parallel.context
+    block = FP8_MULTIPLE["blockwise"] * cfg.parallel.context
     if cfg.train.fp8 == "blockwise" and cfg.segment_align % block:
         yield (
             "train.fp8=blockwise with data.packing=true: in the gradients of weights samples that "
-            f"meet inside {_MULTIPLE['blockwise']} tokens share scales; use data.segment_align="
+            f"meet inside {FP8_MULTIPLE['blockwise']} tokens share scales; use data.segment_align="
             f"{block} or train.fp8=delayed if they must not."
         )
 
@@ -47,7 +48,7 @@ def fp8_problems(cfg: RunConfig, *, device: str) -> Iterator[str]:
             f"train.fp8={recipe} needs a GPU with FP8 units (Hopper or newer) and Transformer "
             "Engine. Set fp8: none, or run on a GPU."
         )
-    multiple, tensor = _MULTIPLE[recipe], cfg.parallel.tensor
+    multiple, tensor = FP8_MULTIPLE[recipe], cfg.parallel.tensor
     llm = cfg.model.llm
     widths = {
         "hidden_size": llm.hidden_size,

@@ -4,12 +4,15 @@ Every token comes from a whole forward pass through the training schedule: no ca
 code path whose answers could differ from what is being trained.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from ghostvis_mega.config.rules_precision import FP8_MULTIPLE
+from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.batch import ImageSlot, MicroBatch, SequenceLayout
 from ghostvis_mega.engine.pipeline import Picture, run_scoring_schedule
 from ghostvis_mega.engine.step import TrainEngine
@@ -17,6 +20,18 @@ from ghostvis_mega.model.context import row_owners
 from ghostvis_mega.parallel.dispatch import dispatch_images
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
 from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
+from ghostvis_mega.parallel.plan import Degrees
+
+
+def cut_length(longest: int, *, run: RunConfig, degrees: Degrees, rows: int) -> int:
+    """The shortest length from `longest` on that the layout can cut, and of which a rank's part of
+    `rows` rows is what FP8's matrix products take."""
+    multiple = degrees.sequence_multiple
+    if run.train.fp8 != "none":
+        cut = degrees.context * (degrees.tensor if run.parallel.sequence_parallel else 1)
+        whole = cut * FP8_MULTIPLE[run.train.fp8]
+        multiple = math.lcm(multiple, whole // math.gcd(whole, rows))
+    return -(-longest // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -179,11 +194,14 @@ class GreedyDecoder:
         return self._agree(scores, torch.cat(scored), count=len(texts))
 
     def _length(self, rows: list[tuple[list[int], list[int]]], max_new_tokens: int) -> int:
-        """Positions that hold every prompt and answer, and that the layout can cut."""
-        degrees = self.engine.groups.degrees
-        multiple = degrees.sequence_multiple
+        """Positions that hold every prompt and answer, and that layout and FP8 can cut."""
         longest = max(len(tokens) for tokens, _ in rows) + max_new_tokens
-        return -(-longest // multiple) * multiple
+        return cut_length(
+            longest,
+            run=self.engine.run,
+            degrees=self.engine.groups.degrees,
+            rows=self.rows // self.micro_batches,
+        )
 
     def _image_rows(self, replicas: list[list[Prompt]], *, max_new_tokens: int) -> ImageRows | None:
         """What each context-parallel rank needs of the pictures; every rank knows all prompts."""
