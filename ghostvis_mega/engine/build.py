@@ -36,13 +36,16 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
     """Build, initialise and freeze the model of this rank and wrap what trains."""
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     world_size = len(groups.places)
-    settings = resolve_deepspeed(run.deepspeed.llm, run=run, engine="llm", world_size=world_size)
-    fused_wgrad = fuses_wgrad(run, settings, device)
+    llm_settings = None
+    if "llm" not in run.train.freeze:
+        file = run.deepspeed.llm
+        llm_settings = resolve_deepspeed(file, run=run, engine="llm", world_size=world_size)
+    fused_wgrad = fuses_wgrad(run, llm_settings, device)
     chunks = build_chunks(run, groups, device=device, dtype=dtype, fused_wgrad=fused_wgrad)
     encoder = build_encoder(
         run, device=device, dtype=dtype, fused=fuses_tower(run, device=device, dtype=dtype)
     )
-    if "llm" in run.train.freeze:
+    if llm_settings is None:
         for chunk in chunks:
             chunk.requires_grad_(False)
     if encoder is not None:
@@ -55,11 +58,11 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
                 getattr(encoder, part).requires_grad_(False)
     mark_pipeline_copy(chunks, groups)
     llm_engine = vision_engine = None
-    if "llm" not in run.train.freeze:
+    if llm_settings is not None:
         llm_engine = ZeroEngine(
             hold_llm(chunks),
             optim=run.optim,
-            settings=settings,
+            settings=llm_settings,
             grid=LLMGrid(groups),
             groups=groups,
             device=device,
@@ -81,10 +84,12 @@ def build_parts(run: RunConfig, groups: Groups, *, device: torch.device) -> Part
     return Parts(chunks=chunks, encoder=encoder, llm_engine=llm_engine, vision_engine=vision_engine)
 
 
-def fuses_wgrad(run: RunConfig, settings: ResolvedDeepSpeed, device: torch.device) -> bool:
-    """Whether the LLM's linear layers add up their weight gradients themselves, in fp32."""
-    fits = device.type == "cuda" and run.train.precision == "bf16" and settings.stage in (1, 2)
-    fused = run.train.fused_wgrad and fits and "llm" not in run.train.freeze
+def fuses_wgrad(run: RunConfig, settings: ResolvedDeepSpeed | None, device: torch.device) -> bool:
+    """Whether the LLM's linear layers add up their weight gradients themselves, in fp32; `settings`
+    are None where it is frozen."""
+    trained = settings is not None and settings.stage in (1, 2)
+    on_gpu = device.type == "cuda" and run.train.precision == "bf16"
+    fused = run.train.fused_wgrad and on_gpu and trained
     log.info("weight gradients of the LLM: %s", "by the GEMM, fp32" if fused else "by autograd")
     return fused
 

@@ -155,7 +155,8 @@ class TrainEngine:
                     exchange, window.pixels_N3hw, for_training=vision is not None
                 )
                 if first and llm is not None:
-                    # Not before the pictures: it takes memory for all gradients.
+                    # Not before the pictures: outside of stages 1 and 2 it takes memory for all
+                    # gradients.
                     llm_reductions.enter_context(llm.reduce_once())
                 with self.timer.section("llm"):
                     sums.append(self.train_llm(batch, micro_batches, pictures))

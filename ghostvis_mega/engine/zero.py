@@ -136,11 +136,15 @@ class ZeroEngine:
             contextlib.nullcontext() if self.stage == 0 else self.engine.coalesce_grad_reduction()
         )
         with context:
-            if self.fused_wgrad:
-                with self._main_grads():
+            try:
+                if self.fused_wgrad:
+                    with self._main_grads():
+                        yield
+                else:
                     yield
-            else:
-                yield
+            except BaseException:
+                self._reduce_nothing()
+                raise
             fill_missing_gradients(self.trained)
             own = [p.grad for p in self.trained]
             self.own_not_finite = not_finite(own, device=self._device)
@@ -154,6 +158,12 @@ class ZeroEngine:
                 self.grid.get_data_parallel_group(),
                 bucket_elements=self.bucket_elements,
             )
+
+    def _reduce_nothing(self) -> None:
+        """After an error on this rank: DeepSpeed would reduce what gradients there are, and wait
+        for ranks that never come. No step follows."""
+        self.engine._flush_coalesced_reduction_zero12 = lambda optimizer: None
+        self.engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
 
     @contextlib.contextmanager
     def _main_grads(self) -> Iterator[None]:

@@ -47,6 +47,9 @@ def main() -> None:
     with fused_wgrad() as calls:
         rows["fused"] = train(lab, LAYOUTS["stage 2"]) | {"calls": len(calls)}
         rows["fused, stage 1"] = train(lab, LAYOUTS["stage 1"])
+        for stage in (1, 2):
+            name = f"stage {stage} on the host"
+            rows[f"fused, {name}"] = train(lab, LAYOUTS[name])
     with fused_wgrad(forgets=2) as calls:
         rows["fused, forgetful"] = train(lab, LAYOUTS["stage 2"])
     with fused_tower():

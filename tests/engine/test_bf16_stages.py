@@ -61,6 +61,18 @@ def test_gradients_summed_by_the_gemm_are_those_of_autograd(measured: dict[str, 
     assert measured["fused, stage 1"]["weights"] == fused["weights"]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sums_of_the_gemm_go_to_an_optimizer_on_the_host(
+    measured: dict[str, Any], stage: int
+) -> None:
+    """There DeepSpeed's own reduction takes them."""
+    row, fused = measured[f"fused, stage {stage} on the host"], measured["fused"]
+    assert row["reduction_error"] <= 1e-6
+    assert row["losses"] == pytest.approx(fused["losses"], rel=1e-4)
+    assert row["norms"] == pytest.approx(fused["norms"], rel=1e-4)
+    assert row["norms"] != measured[f"stage {stage} on the host"]["norms"]
+
+
 def test_the_fused_tower_trains_as_transformers_modules(measured: dict[str, Any]) -> None:
     plain, fused = measured["stage 2"], measured["fused tower"]
     assert fused["losses"] == pytest.approx(plain["losses"], rel=2e-3)
