@@ -107,7 +107,7 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
         "precision": run.train.precision,
         "steps": run.train.steps,
         "output": str(run.log.output),
-        "notes": rules.find_notes(run, world_size=world_size, stages=stages),
+        "notes": rules.find_notes(run, world_size=world_size),
     }
 
 

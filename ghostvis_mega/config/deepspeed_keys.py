@@ -196,6 +196,7 @@ BF16 = frozenset(
     }
 )
 BF16_REFUSED = {
+    "check_grad_overflow": "whether a step is taken is decided once, over both engines",
     "immediate_grad_update": "gradients are handed over once a step",
     "bf16_master_weights_and_grads": "master weights are kept in fp32",
     "bf16_optimizer_states": "optimizer states are kept in fp32",

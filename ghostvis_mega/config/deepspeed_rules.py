@@ -202,9 +202,17 @@ class FileCheck:
                 True,
                 f"is proved with stages 1 and 2 without offload only, not {where}. Set false.",
             )
-        for key in ("contiguous_gradients", "compute_grad_norm"):
-            why = "is refused: the reduction and the joint norm need it. Set true."
-            self._must_equal(key, True, why, above="zero_optimization.")
+        why = {
+            "contiguous_gradients": "is refused: the reduction needs it. Set true.",
+            "compute_grad_norm": "is refused: one norm over both engines is taken. Set true.",
+        }
+        if stage in (1, 2) and not self.offload:
+            why["reduce_scatter"] = (
+                f"is refused: gradients of stage {stage} are one buffer, and each rank gets its "
+                "part of it. Set true."
+            )
+        for key, reason in why.items():
+            self._must_equal(key, True, reason, above="zero_optimization.")
         return {
             "zero_optimization": self._passed_on(given)
             | offloaded
@@ -323,8 +331,6 @@ class FileCheck:
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
-        if isinstance(block.get("check_grad_overflow"), bool):
-            config["bf16"]["check_grad_overflow"] = block["check_grad_overflow"]
         for key in ("buffer_dtype", "keep_in_fp32_modules"):
             if types.get(key, "auto") != "auto":
                 config["data_types"][key] = types[key]

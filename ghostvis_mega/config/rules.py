@@ -64,6 +64,11 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
             f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves pipeline stages, but "
             "parallel.pipeline=1. Set virtual_pipeline: 1, or pipeline to 2 or more."
         )
+    if cfg.tower.window and cfg.model.vision is None:
+        yield (
+            f"tower.window={cfg.tower.window} is about pictures, but model.vision is null. Set "
+            "tower.window: 0."
+        )
     if cfg.tower.window and p.pipeline > 1:
         yield (
             f"tower.window={cfg.tower.window} would empty the pipeline after each window, but "
@@ -224,21 +229,15 @@ def _device_problems(cfg: RunConfig, device: Device) -> Iterator[str]:
         )
 
 
-def find_notes(cfg: RunConfig, *, world_size: int, stages: dict[str, int]) -> list[str]:
+def find_notes(cfg: RunConfig, *, world_size: int) -> list[str]:
     """Advice on what works but may surprise.
 
     Args:
         cfg: A run without problems.
         world_size: Number of processes.
-        stages: ZeRO stage of each engine.
     """
     p, notes = cfg.parallel, []
     count = cfg.batch.global_size // (world_size // _replica(cfg) * cfg.batch.micro_size)
-    if p.pipeline > 1 and stages.get("llm", 0) >= 2:
-        notes.append(
-            f"ZeRO-{stages['llm']} with parallel.pipeline={p.pipeline} shards gradients only after "
-            "the last micro-batch: while the pipeline runs they take as much memory as in ZeRO-1."
-        )
     idle = (p.pipeline - 1) / (count * p.virtual_pipeline)
     if idle > 0.25:
         notes.append(

@@ -263,6 +263,18 @@ WRONG = {
         "zero_optimization.compute_grad_norm=false",
         "Set true",
     ),
+    "whole reduction": (
+        {"zero_optimization": {"stage": 2, "reduce_scatter": False}},
+        [],
+        "zero_optimization.reduce_scatter=false",
+        "each rank gets its part",
+    ),
+    "overflow": (
+        {"bf16": {"enabled": "auto", "check_grad_overflow": True}},
+        ["train.precision=bf16"],
+        "bf16.check_grad_overflow=true",
+        "decided once",
+    ),
     "optimizer": (
         {"optimizer": {"type": "Lamb", "params": {}}},
         [],

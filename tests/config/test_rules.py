@@ -51,6 +51,12 @@ WRONG = {
     ),
     "odd head": (["model.llm.head_dim=33"], 1, "model.llm.head_dim=33", "Use 34"),
     "image size": (["model.vision.image_size=60"], 1, "model.vision.image_size=60", "Use 56 or 64"),
+    "windows without pictures": (
+        ["model.vision=null", "model.connector=null", "tower.window=2"],
+        1,
+        "tower.window=2",
+        "Set tower.window: 0",
+    ),
     "windows in a pipeline": (
         [*TWO_STAGES, "model.llm.num_layers=4", "tower.window=2"],
         4,
@@ -313,9 +319,9 @@ def test_all_problems_come_at_once_and_once_each(make_run):
 
 def test_notes_speak_of_what_surprises(make_run):
     run = make_run("parallel.pipeline=4", "batch.global_size=4", "optim.clip_norm=0")
-    notes = find_notes(run, world_size=4, stages={"llm": 2})
-    assert [n.split(" ")[0] for n in notes] == ["ZeRO-2", "The", "optim.clip_norm=0:"]
-    assert find_notes(make_run(), world_size=4, stages={"llm": 1}) == []
+    notes = find_notes(run, world_size=4)
+    assert [n.split(" ")[0] for n in notes] == ["The", "optim.clip_norm=0:"]
+    assert find_notes(make_run(), world_size=4) == []
     run = make_run("train.precision=bf16", "train.fp8=tensorwise")
-    (note,) = find_notes(run, world_size=1, stages={"llm": 1})
+    (note,) = find_notes(run, world_size=1)
     assert note.startswith("train.fp8=tensorwise with data.packing=true")
