@@ -258,7 +258,7 @@ def test_wrong_settings_are_one_report_before_torch_is_imported(run_file: Path) 
     wrong = {
         "train.stepps=3": "Did you mean train.steps?",
         "parallel.tensor=4": "model.llm.num_kv_heads=2",
-        "model.vision.image_size=60": "model.vision.image_size=60",
+        "model.vision.image_size=6": "model.vision.image_size=6",
         "data.train=nowhere.gvd": "data.train: nowhere.gvd",
         "data.heldout=nothing.gvd": "data.heldout: nothing.gvd",
         "checkpoint.resume=lost": "checkpoint.resume=lost",

@@ -9,7 +9,13 @@ from typing import Literal
 
 from ghostvis_mega.config.rules_data import blend_problems
 from ghostvis_mega.config.rules_layout import context_problems
-from ghostvis_mega.config.rules_model import choices, data_fit_problems, divisors, model_problems
+from ghostvis_mega.config.rules_model import (
+    choices,
+    data_fit_problems,
+    divisors,
+    model_problems,
+    vision_notes,
+)
 from ghostvis_mega.config.rules_pipeline import pipeline_problems
 from ghostvis_mega.config.rules_precision import fp8_notes, fp8_problems
 from ghostvis_mega.config.schema import RunConfig
@@ -261,4 +267,4 @@ def find_notes(cfg: RunConfig, *, world_size: int) -> list[str]:
         )
     if cfg.optim.clip_norm == 0:
         notes.append("optim.clip_norm=0: gradients are not clipped.")
-    return [*notes, *fp8_notes(cfg)]
+    return [*notes, *vision_notes(cfg.model.vision), *fp8_notes(cfg)]

@@ -22,10 +22,8 @@ def choices(values: list[int]) -> str:
 
 def model_problems(model: ModelConfig) -> Iterator[str]:
     """Everything about the model alone."""
-    yield from _llm_problems(model.llm)
     vision, connector = model.vision, model.connector
-    if vision is not None:
-        yield from _vision_problems(vision)
+    yield from part_problems(model.llm, vision, connector)
     if vision is not None and connector is None:
         yield (
             "model.vision is given without model.connector, so no image could reach the LLM. "
@@ -36,8 +34,30 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
             "model.connector is given without model.vision, so it would have no input. "
             "Add model.vision (preset: siglip_so400m_14, ...) or remove model.connector."
         )
+
+
+def part_problems(
+    llm: LLMConfig | None, vision: VisionConfig | None, connector: ConnectorConfig | None
+) -> Iterator[str]:
+    """Everything about the parts that are there, which need not be a whole model."""
+    if llm is not None:
+        yield from _llm_problems(llm)
+    if vision is not None:
+        yield from _vision_problems(vision)
     if vision is not None and connector is not None:
         yield from _connector_problems(connector, vision)
+
+
+def vision_notes(vision: VisionConfig | None) -> Iterator[str]:
+    """What is allowed and may surprise."""
+    if vision is None or vision.image_size % vision.patch_size == 0:
+        return
+    size, seen = vision.image_size, vision.grid * vision.patch_size
+    yield (
+        f"model.vision.image_size={size} is no multiple of model.vision.patch_size="
+        f"{vision.patch_size}: the last {size - seen} pixels to the right and below of each "
+        f"picture are not seen, as in transformers. {seen} has the same patches and none left."
+    )
 
 
 def _llm_problems(llm: LLMConfig) -> Iterator[str]:
@@ -60,12 +80,11 @@ def _llm_problems(llm: LLMConfig) -> Iterator[str]:
 
 def _vision_problems(vision: VisionConfig) -> Iterator[str]:
     size, patch = vision.image_size, vision.patch_size
-    if size % patch:
-        below, above = size // patch * patch, (size // patch + 1) * patch
-        near = choices([n for n in (below, above) if n])
+    # A remainder is fine: the published SigLIP of 384 pixels has patches of 14.
+    if size < patch:
         yield (
-            f"model.vision.image_size={size} is no multiple of model.vision.patch_size={patch}. "
-            f"Use {near}."
+            f"model.vision.image_size={size} is smaller than model.vision.patch_size={patch}, so "
+            f"a picture has no patch. Use at least {patch}."
         )
     if vision.hidden_size % vision.num_heads:
         yield (
@@ -103,7 +122,7 @@ def _connector_problems(connector: ConnectorConfig, vision: VisionConfig) -> Ite
             "needs. Set it (64 is usual), or use kind mlp."
         )
         return
-    if kind == "avgpool_mlp" and vision.image_size % vision.patch_size == 0:
+    if kind == "avgpool_mlp" and vision.grid:
         yield from _pooling_problems(field, tokens, vision.grid)
     if kind == "perceiver_mlp" and vision.hidden_size % connector.num_heads:
         yield (

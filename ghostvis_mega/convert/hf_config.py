@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from ghostvis_mega.config.rules_model import model_problems
+from ghostvis_mega.config.rules_model import part_problems
 from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.utils.errors import CheckpointError
@@ -378,9 +378,9 @@ def model_of_parts(parts: Parts) -> ModelConfig | None:
     Raises:
         CheckpointError: Sizes that do not fit each other.
     """
-    if parts.llm is None or (parts.vision is None) != (parts.connector is None):
-        return None
-    model = ModelConfig(llm=parts.llm, vision=parts.vision, connector=parts.connector)
-    if problems := list(model_problems(model)):
+    llm, vision, connector = parts.llm, parts.vision, parts.connector
+    if problems := list(part_problems(llm, vision, connector)):
         raise CheckpointError(" ".join(problems))
-    return model
+    if llm is None or (vision is None) != (connector is None):
+        return None
+    return ModelConfig(llm=llm, vision=vision, connector=connector)

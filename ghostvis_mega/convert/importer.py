@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from ghostvis_mega.checkpoint.manifest import write_manifest
+from ghostvis_mega.config.rules_model import choices
 from ghostvis_mega.config.schema import VisionConfig
 from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.gguf_file import SUFFIX, GGUFFile
@@ -206,13 +208,29 @@ def _adjust(parts: Parts, options: ImportOptions) -> Parts:
                 "feature_layer and post_norm belong to the model that was trained with them; they "
                 "can be chosen for a bare tower alone"
             )
-        vision = vision.model_copy(update=changes)
-        if vision.image_size % vision.patch_size:
-            raise CheckpointError(f"--image-size {vision.image_size} is no multiple of the tower's "
-                                  f"patch size {vision.patch_size}")  # fmt: skip
+        vision = _changed(vision, changes)
     parts = replace(parts, llm=llm, vision=vision)
     model_of_parts(parts)
     return parts
+
+
+def _changed(vision: VisionConfig, changes: dict[str, Any]) -> VisionConfig:
+    """The tower with what the options ask for."""
+    try:
+        changed = VisionConfig.model_validate(vision.model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise CheckpointError(f"--{option} {first['input']} cannot be: {first['msg']}") from error
+    own, size, patch = vision.image_size, changed.image_size, changed.patch_size
+    # A published tower may have a remainder; nobody wants one in a table that is made anew.
+    if size != own and size % patch:
+        near = choices([n for n in (size // patch * patch, (size // patch + 1) * patch) if n])
+        raise CheckpointError(
+            f"--image-size {size} is no multiple of the tower's patch size {patch}: use {near}, or "
+            f"leave it out for the tower's own {own}"
+        )
+    return changed
 
 
 def _plan(folder: Source, own: Parts, parts: Parts, options: ImportOptions) -> Iterator[_Tensor]:

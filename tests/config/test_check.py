@@ -36,7 +36,7 @@ def test_a_wrong_run_gives_one_report_and_exit_code_2(run_file):
         "data.packng=true",
         "train.steps=0",
         "parallel.tensor=4",
-        "model.vision.image_size=60",
+        "model.vision.image_size=6",
         "deepspeed.llm=ds_configs/zero3.json",
         "data.train=datasets/nowhere.gvd",
     ]
@@ -47,7 +47,7 @@ def test_a_wrong_run_gives_one_report_and_exit_code_2(run_file):
         "Did you mean data.packing?",
         "train.steps=0",
         "does not divide model.llm.num_kv_heads=2",
-        "model.vision.image_size=60",
+        "model.vision.image_size=6",
         "hangs for the vision engine",
         "data.train: datasets/nowhere.gvd is not a directory",
     ]

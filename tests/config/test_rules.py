@@ -50,7 +50,7 @@ WRONG = {
         "Use 1, 2, 3 or 6",
     ),
     "odd head": (["model.llm.head_dim=33"], 1, "model.llm.head_dim=33", "Use 34"),
-    "image size": (["model.vision.image_size=60"], 1, "model.vision.image_size=60", "Use 56 or 64"),
+    "image size": (["model.vision.image_size=6"], 1, "model.vision.image_size=6", "Use at least 8"),
     "windows without pictures": (
         ["model.vision=null", "model.connector=null", "tower.window=2"],
         1,
@@ -310,7 +310,7 @@ def test_all_problems_come_at_once_and_once_each(make_run):
     run = make_run(
         "parallel.tensor=4",
         "model.llm.num_heads=6",
-        "model.vision.image_size=60",
+        "model.vision.image_size=6",
         "optim.warmup_steps=200",
     )
     found = find_problems(run, world_size=4, device="cpu")
@@ -325,3 +325,8 @@ def test_notes_speak_of_what_surprises(make_run):
     run = make_run("train.precision=bf16", "train.fp8=tensorwise")
     (note,) = find_notes(run, world_size=1)
     assert note.startswith("train.fp8=tensorwise with data.packing=true")
+    run = make_run("model.vision.image_size=60", "model.connector.tokens_per_image=49")
+    assert find_problems(run, world_size=1, device="cpu") == []
+    (note,) = find_notes(run, world_size=1)
+    assert "the last 4 pixels to the right and below" in note and note.endswith("none left.")
+    assert " 56 has the same patches" in note
