@@ -1,5 +1,6 @@
 """Settings of a model from and to Hugging Face's config.json."""
 
+import reprlib
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
@@ -85,13 +86,14 @@ def _parts(config: Mapping[str, Any]) -> Parts:
     if kind in _TEXT_TYPES:
         return Parts(llm=_llm(config))
     if kind in _TOWER_TYPES:
-        inner = config.get("vision_config", config) if kind in ("siglip", "clip") else config
+        both = kind in ("siglip", "clip") and "vision_config" in config
+        inner = _section(config, "vision_config") if both else config
         tower = _TOWER_TYPES[kind]
         return Parts(vision=_vision(inner, tower, layer=-2 if tower == "clip" else -1))
     if kind not in ("llava", GHOSTVIS_TYPE):
         known = ", ".join((*_TEXT_TYPES, *_TOWER_TYPES, "llava", GHOSTVIS_TYPE))
         raise _Wrong(f"model_type is {kind!r}; read are {known}")
-    text, tower = dict(config["text_config"]), config["vision_config"]
+    text, tower = dict(_section(config, "text_config")), _section(config, "vision_config")
     # LLaVA says it at the top as well, and old files there alone.
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     if config.get("tie_word_embeddings"):
@@ -111,8 +113,16 @@ def _parts(config: Mapping[str, Any]) -> Parts:
             )
         return Parts(llm=_llm(text), vision=vision, connector=ConnectorConfig(kind="mlp"))
     connector = ConnectorConfig.model_validate(config["connector"])
-    vision = vision.model_copy(update={"post_norm": config["vision_post_norm"]})
+    changed = vision.model_dump() | {"post_norm": config["vision_post_norm"]}
+    vision = VisionConfig.model_validate(changed)
     return Parts(llm=_llm(text), vision=vision, connector=connector)
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of the settings that has settings of its own."""
+    if not isinstance(section := config[key], Mapping):
+        raise _Wrong(f"{key} is {reprlib.repr(section)}; it must be a mapping")
+    return section
 
 
 def _same(config: Mapping[str, Any], key: str, value: Any) -> None:
@@ -130,7 +140,8 @@ def _llm(config: Mapping[str, Any]) -> LLMConfig:
     _same(config, "mlp_bias", False)
     if kind == "llama":
         _same(config, "attention_bias", False)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = _section(config, key) if config.get(key) else {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise _Wrong(f"its rotary positions are of type {rope_type!r}; only 'default' is read")

@@ -233,23 +233,33 @@ def export_damage(folder: Path) -> list[str]:
     Raises:
         CheckpointError: It is no export of ours.
     """
+    found = []
+    for name, (size, sha256) in _listed(folder).items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != size:
+            found.append(f"{path} is damaged: it has {path.stat().st_size} bytes, not {size}")
+        elif (digest := sha256_file(path)) != sha256:
+            found.append(f"{path} is damaged: its sha256 is {digest[:12]}..., not {sha256[:12]}...")
+    return found
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file of an export, as its list has them."""
     content = read_json(folder / EXPORT_FILE)
     files = content.get("files")
     if content.get("schema") != SCHEMA or not isinstance(files, dict):
         raise CheckpointError(f"{folder / EXPORT_FILE} is not of schema {SCHEMA}")
-    found = []
+    listed = {}
     for name, entry in files.items():
-        path = folder / name
-        if Path(name).name != name:
+        if Path(name).name != name or not name.isprintable():
             raise CheckpointError(f"{folder / EXPORT_FILE} lists the file {name!r}")
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            found.append(
-                f"{path} is damaged: it has {path.stat().st_size} bytes, not {entry['bytes']}"
+        told = entry if isinstance(entry, dict) else {}
+        size, sha256 = told.get("bytes"), told.get("sha256")
+        if not isinstance(size, int) or not isinstance(sha256, str):
+            raise CheckpointError(
+                f"{folder / EXPORT_FILE} lists {name} without its `bytes` and `sha256`"
             )
-        elif (digest := sha256_file(path)) != entry["sha256"]:
-            found.append(
-                f"{path} is damaged: its sha256 is {digest[:12]}..., not {entry['sha256'][:12]}..."
-            )
-    return found
+        listed[name] = size, sha256
+    return listed

@@ -7,7 +7,7 @@ import pytest
 from transformers import LlavaConfig
 
 from ghostvis_mega.config.schema import LLMConfig
-from ghostvis_mega.convert.hf_config import parts_from_config
+from ghostvis_mega.convert.hf_config import model_of_parts, parts_from_config
 from ghostvis_mega.utils.errors import CheckpointError
 
 HUB = {
@@ -87,3 +87,63 @@ def test_a_size_that_cannot_be_names_no_file_that_may_not_exist():
         parts_from_config({"model_type": "llama", "num_key_value_heads": -1}, Path("model"))
     with pytest.raises(CheckpointError, match="num_attention_heads is 0"):
         parts_from_config({"model_type": "llama", "num_attention_heads": 0}, Path("model"))
+
+
+WRONG: list[Any] = [
+    *(None, True, 0, -1, 3, 1.5, 10**30, float("nan"), float("inf")),
+    *("", "abc", [], [1], [None], {}, {"a": 1}, {"model_type": 3}, {"rope_type": []}),
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "llava": llava(HUB),
+    "text": HUB | {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16},
+    "tower": TOWER,
+    "both": {"model_type": "siglip", "vision_config": TOWER | {"model_type": "siglip"}},
+    "ghostvis": llava(HUB)
+    | {
+        "model_type": "ghostvis_vl",
+        "connector": {"kind": "perceiver_mlp", "tokens_per_image": 4},
+        "vision_post_norm": False,
+    },
+}
+OPTIONAL = ("rope_parameters", "rope_scaling", "tie_word_embeddings", "hidden_act", "num_channels")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_stands_in_a_field_is_refused_in_a_sentence(kind: str):
+    """A list where a mapping belongs, a text where a number does, and so on through all fields."""
+    right, refused = KINDS[kind], 0
+    places = [(right, {})]
+    for name in ("text_config", "vision_config"):
+        if name in right:
+            places.append((right[name], {name: None}))
+    for section, inside in places:
+        for key in (*section, *OPTIONAL):
+            for value in WRONG:
+                changed = section | {key: value}
+                config = right | dict.fromkeys(inside, changed) if inside else changed
+                try:
+                    model_of_parts(parts_from_config(config, Path("model")))
+                except CheckpointError as error:
+                    refused += 1
+                    assert 5 < len(str(error)) < 600
+    assert refused > 50
+    model_of_parts(parts_from_config(right, Path("model")))
+
+
+def test_sections_that_are_none_are_named():
+    for config, told in (
+        (llava(HUB) | {"vision_config": None}, "vision_config is None; it must be a mapping"),
+        (llava(HUB) | {"vision_config": []}, "vision_config is []; it must be a mapping"),
+        (llava(HUB) | {"text_config": "abc"}, "text_config is 'abc'; it must be a mapping"),
+        (HUB | {"rope_parameters": [1]}, "rope_parameters is [1]; it must be a mapping"),
+        (HUB | {"rope_scaling": 3}, "rope_scaling is 3; it must be a mapping"),
+        (KINDS["both"] | {"vision_config": 3}, "vision_config is 3; it must be a mapping"),
+        (KINDS["ghostvis"] | {"vision_post_norm": "often"}, "gives post_norm as 'often'"),
+        (
+            HUB | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 4},
+            "num_kv_heads=4 does not divide model.llm.num_heads=6",
+        ),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            model_of_parts(parts_from_config(config, Path("model")))
+        assert told in str(error.value)

@@ -95,6 +95,28 @@ def test_a_config_that_does_not_fit_is_told(tmp_path: Path, text: Path, config, 
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize("beside", ["nothing", "a language model"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"image_size": 0}, "--image-size 0 cannot be: Input should be greater than or equal to 1"),
+        ({"image_size": -16}, "--image-size -16 cannot be"),
+        ({"image_size": 2}, "--image-size 2 is no multiple of the tower's patch size 4: use 4, or"),
+        ({"feature_layer": 3}, "feature_layer=3 is out of range"),
+        ({"feature_layer": -9}, "feature_layer=-9 is out of range: it counts the 3 layers"),
+        ({"feature_layer": -2, "post_norm": True}, "post_norm=true belongs to the last layer"),
+    ],
+)
+def test_options_of_a_bare_tower_are_checked(tmp_path: Path, text: Path, beside, options, told):
+    sources = [save(build("siglip"), tmp_path / "tower")]
+    if beside != "nothing":
+        sources.append(text)
+    with pytest.raises(CheckpointError) as error:
+        import_hf(sources, tmp_path / "native", ImportOptions(**options))
+    assert told in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
 def test_tied_and_untied_files_must_be_what_they_say(tmp_path: Path, text: Path):
     tied = save(build("qwen2-tied"), tmp_path / "tied")
     says_untied = changed(tied, tmp_path / "untied", config={"tie_word_embeddings": False})
@@ -263,6 +285,29 @@ def test_damage_is_found_before_and_after(tmp_path: Path, llava: Path):
     file.unlink()
     with pytest.raises(CheckpointError, match=f"{file} cannot be read"):
         export_hf(native, tmp_path / "again", OPTIONS)
+
+
+def test_an_export_whose_list_is_wrong_is_refused(tmp_path: Path, text: Path):
+    native = import_hf([text], tmp_path / "native", ImportOptions())
+    out = export_hf(native, tmp_path / "out", ExportOptions())
+    content = json.loads((out / EXPORT_FILE).read_text())
+    right = content["files"]["config.json"]
+    for name, entry, told in (
+        ("config.json", 5, "lists config.json without its `bytes` and `sha256`"),
+        ("config.json", {}, "lists config.json without"),
+        ("config.json", right | {"bytes": "many"}, "lists config.json without"),
+        ("config.json", right | {"sha256": None}, "lists config.json without"),
+        ("../config.json", right, "lists the file '../config.json'"),
+        ("a\0b", right, r"lists the file 'a\x00b'"),
+        ("\ud800", right, r"lists the file '\ud800'"),
+    ):
+        files = content["files"] | {name: entry}
+        (out / EXPORT_FILE).write_text(json.dumps(content | {"files": files}))
+        with pytest.raises(CheckpointError) as error:
+            damage(out)
+        assert told in str(error.value)
+    (out / EXPORT_FILE).write_text(json.dumps(content))
+    assert damage(out) == []
 
 
 def test_a_directory_is_never_overwritten_without_being_told(tmp_path: Path, text: Path):

@@ -108,6 +108,20 @@ MODELS = [
     _model("index with an absolute name", lambda kit: _index(f"{kit.secret}.safetensors")),
     _model("index with a pipe", lambda kit: _index(f"| {kit.command}.safetensors")),
     _model("index with a pickle", lambda kit: {**_index("model.bin"), "model.bin": kit.pickle}),
+    _model("index with a NUL", lambda kit: _index("a\0b.safetensors")),
+    _model("index with half of a surrogate pair", lambda kit: _index("\ud800.safetensors")),
+    _model("an index beside a single file", lambda kit: {
+        **_index("old.safetensors"), "model.safetensors": SOUND, "old.safetensors": SOUND}),
+    *(
+        _model(f"{key} of {value!r}", lambda kit: {"model.safetensors": SOUND}, **{key: value})
+        for key, value in (("rope_parameters", [1]), ("rope_scaling", "abc"), ("head_dim", [1]))
+    ),
+    *(
+        _model(f"{key} of {value!r} in a LLaVA", lambda kit: {"model.safetensors": SOUND},
+               **{"model_type": "llava", "text_config": CONFIG, "vision_config": {}, key: value})
+        for key in ("text_config", "vision_config")
+        for value in (None, [], "abc")
+    ),
     _model("index of deep JSON", lambda kit: {"model.safetensors.index.json": deep()}),
     _model("code beside unknown weights", _code, **AUTO, model_type="evil"),
     _model("code beside known weights", _code, **AUTO),
