@@ -1,5 +1,6 @@
 """Two gloo ranks, of which one is slowed in a section or has more to do."""
 
+import dataclasses
 import logging
 import os
 import time
@@ -16,8 +17,17 @@ from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.engine.vision import VisionRunner
 from ghostvis_mega.model.llm import LLMChunk
 from ghostvis_mega.parallel.exchange import EmbeddingExchange
+from ghostvis_mega.parallel.groups import build_groups, destroy_groups
+from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.parallel.trace import group_labels
 from ghostvis_mega.perf.stress_data import write_datasets
-from ghostvis_mega.perf.stress_layouts import LAYOUTS, StressJob, settings_of, write_deepspeed_files
+from ghostvis_mega.perf.stress_layouts import (
+    LAYOUTS,
+    StressJob,
+    StressLayout,
+    settings_of,
+    write_deepspeed_files,
+)
 from ghostvis_mega.session import Training, World, open_world
 from ghostvis_mega.train.feed import Feed
 from ghostvis_mega.train.slow_ranks import SlowRanks
@@ -28,6 +38,8 @@ WINDOW = 10
 PHASE = 2 * WINDOW
 SLOW = {1: ("vision", 1), 2: ("llm", 0), 3: ("data", 1), 4: ("exchange", 0)}
 """By phase of a training run: the section that is slowed, and the rank. Nothing is in phase 0."""
+OTHERS = {"tp2": ("llm", 1), "pp2": ("vision", 0), "cp2": ("llm", 0)}
+"""The same for runs of one window in other layouts."""
 PAUSE_S = 0.06
 """Far above what such small sections take, and what a busy machine adds."""
 
@@ -72,16 +84,23 @@ def slowed(honest: Callable, section: str, state: dict[str, Any]) -> Callable:
     """The function, preceded by a pause in its phase on its rank."""
 
     def run(*args: Any, **keywords: Any) -> Any:
-        if SLOW.get(state["phase"]) == (section, state["rank"]):
+        if state["slow"].get(state["phase"]) == (section, state["rank"]):
             time.sleep(PAUSE_S)
         return honest(*args, **keywords)
 
     return run
 
 
-def training(world: World, job: StressJob) -> str:
-    """A real run with a phase for each section; returns what it has written down."""
-    run = settings_of(LAYOUTS[0], job, steps=5 * PHASE + 1, cuda=False)
+def training(
+    world: World,
+    job: StressJob,
+    layout: StressLayout,
+    slow: dict[int, tuple[str, int]],
+    *,
+    steps: int,
+) -> str:
+    """A real run whose phases are slowed as told; returns what it has written down."""
+    run = settings_of(layout, job, steps=steps, cuda=False)
     run = run.model_copy(
         update={
             "guards": GuardsConfig(slow_rank_window=WINDOW, spike="none", slow_rank_factor=3),
@@ -89,7 +108,7 @@ def training(world: World, job: StressJob) -> str:
             "checkpoint": run.checkpoint.model_copy(update={"save_every": 0}),
         }
     )
-    state = {"phase": 0, "rank": world.groups.rank}
+    state = {"phase": 0, "rank": world.groups.rank, "slow": slow}
     honest = TrainEngine.step
     get = slowed(Feed.get, "data", state)
 
@@ -117,6 +136,16 @@ def training(world: World, job: StressJob) -> str:
     return (run.log.output / "slow_ranks.jsonl").read_text() if world.groups.rank == 0 else ""
 
 
+def spread(world: World, job: StressJob, layout: StressLayout) -> World:
+    """The same ranks in another layout."""
+    run = settings_of(layout, job, steps=1, cuda=False)
+    destroy_groups()
+    degrees = Degrees.of(run, world_size=dist.get_world_size())
+    groups = build_groups(degrees, seed=run.train.seed)
+    world.calls.labels = group_labels(groups)
+    return dataclasses.replace(world, groups=groups)
+
+
 def main() -> None:
     for name in ("DeepSpeed", "ghostvis_mega"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -133,7 +162,11 @@ def main() -> None:
             write_datasets(job.folder / "data")
             write_deepspeed_files(job)
         dist.barrier()
-        results["training"] = training(world, job)
+        results["training"] = training(world, job, LAYOUTS[0], SLOW, steps=5 * PHASE + 1)
+        for name, slow in OTHERS.items():
+            layout = next(layout for layout in LAYOUTS if layout.name == name)
+            its = spread(world, job, layout)
+            results[name] = training(its, job, layout, {0: slow}, steps=WINDOW + 1)
         if world.groups.rank == 0:
             write_result(results)
 

@@ -151,3 +151,14 @@ def test_a_training_run_names_who_is_slow_in_what_and_nobody_else(measured: dict
         steps = [step for step, _, name in found if name == section]
         # In the first verdict after a whole window, and until the end of the phase.
         assert steps == [20 * phase + 10, 20 * phase + 20]
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("layout", "slow"), [("tp2", (1, "LLM")), ("pp2", (0, "tower")), ("cp2", (0, "LLM"))]
+)
+def test_runs_of_other_layouts_come_to_a_verdict(
+    measured: dict[str, Any], layout: str, slow: tuple[int, str]
+) -> None:
+    rows = [json.loads(line) for line in measured[layout].splitlines()]
+    assert [(row["step"], (row["rank"], row["section"])) for row in rows] == [(10, slow)]
