@@ -20,6 +20,7 @@ from ghostvis_mega.cli.main import app
 from ghostvis_mega.config import deepspeed, rules
 from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.perf.certify import drive
+from ghostvis_mega.perf.certify.bars import NOISE_CAPS, noise_caps
 from ghostvis_mega.perf.certify.compare import beside_noise
 from ghostvis_mega.perf.certify.gpu_faults import GPU_FAULTS
 from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
@@ -50,6 +51,7 @@ NOISE = {
     "weight_error": 0.1,
     "update_error": 0.1,
     "norm_error": 4e-3,
+    "gradient_error": 0.04,
 }
 ROUNDED = GOOD | {
     "joint_error": 1.3e-2,
@@ -62,6 +64,8 @@ ROUNDED = GOOD | {
     "update_ratio_name": "decoder.final_layernorm.weight",
     "norm_error": 1e-2,
     "noise": NOISE,
+    "noise_name": "tower.encoder.layers.0.self_attn.q_proj.weight",
+    "noise_caps": noise_caps(fp8=False),
 }
 """Figures as GPUs gave them."""
 
@@ -115,6 +119,17 @@ def test_every_figure_in_bf16_can_be_red(key: str, over: float) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_noise_that_is_no_number_grants_nothing(key: str, value: float) -> None:
     assert Outcome("a", row=ROUNDED | {"noise": NOISE | {key: value}}).verdict == "red"
+
+
+@pytest.mark.parametrize("key", NOISE_CAPS)
+def test_what_all_get_wrong_is_not_granted_as_noise(key: str) -> None:
+    shared = {"joint_error": 0.9, "loss_error": 0.9, "norm_error": 0.9, "gradient_error": 0.9}
+    row = ROUNDED | {"joint_error": 0.9, "loss_error": 0.9, "norm_error": 0.9}
+    for caps in (noise_caps(fp8=False), noise_caps(fp8=True)):
+        one = NOISE | {key: shared[key]}
+        assert Outcome("a", row=ROUNDED | {"noise": one, "noise_caps": caps}).verdict == "red"
+        everything = row | {"noise": NOISE | shared, "noise_caps": caps}
+        assert Outcome("a", row=everything).verdict == "red"
 
 
 def test_nan_is_the_worst_wherever_it_stands() -> None:
@@ -271,6 +286,15 @@ def test_what_a_run_begins_with_is_not_read_and_that_is_said(
     assert not_read(plain) == []
     (sentence,) = not_read(given)
     assert override in sentence and "random weights" in sentence
+
+
+def test_nor_is_what_of_it_would_be_read(easy_vqa: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(RUN.format(data=easy_vqa, folder=tmp_path))
+    entry, given = Entry("a", 1), (f"checkpoint.weights={tmp_path}", "checkpoint.weights_of=[llm]")
+    plain = Request(set="own", entries=(entry,), steps=3, folder=tmp_path, config=run)
+    own = load_own(checked(replace(plain, overrides=given)), entry)
+    assert own == load_own(checked(plain), entry)
 
 
 def test_a_run_of_ones_own_has_the_time_that_it_says(easy_vqa: Path, tmp_path: Path) -> None:

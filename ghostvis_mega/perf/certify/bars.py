@@ -17,8 +17,19 @@ computes in BF16 too."""
 STEPS_FACTOR = 3.0
 """BF16: the same of what follows from the gradients, which one process samples only once: the loss,
 the norm, the weights, each update."""
+NOISE_CAPS = {"joint_error": 5e-2, "gradient_error": 0.5, "loss_error": 1e-2, "norm_error": 5e-2}
+"""BF16: the most noise that is granted at all, of the whole gradient, of each parameter's, of loss
+and norm. One process computes with the same kernels as the layouts, so what is wrong with them all
+would pass for noise; a gradient that is wrong altogether is 1 off."""
+NOISE_CAPS_FP8 = {"joint_error": 0.3, "gradient_error": 0.8, "loss_error": 5e-2, "norm_error": 0.3}
+"""The same where the linear layers are in FP8, whose gradients have two bits behind the point."""
 LOSS_FLOOR = 1e-4
 """BF16: noise of the loss that is always granted; it can cancel in one process by chance."""
+
+
+def noise_caps(*, fp8: bool) -> dict[str, float]:
+    """The most noise that is granted in this precision."""
+    return NOISE_CAPS_FP8 if fp8 else NOISE_CAPS
 
 
 def noise_bars(noise: dict[str, float]) -> dict[str, float]:

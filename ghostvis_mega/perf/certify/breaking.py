@@ -151,6 +151,13 @@ def _wrong_reference(lab: Lab, fault: Fault) -> Row:
     return lab.measure(lab.case(fault.layout), truth=truth)
 
 
+def _wrong_reference_of_noise(lab: Lab, fault: Fault) -> Row:
+    # As if a kernel that one process and all layouts use were wrong.
+    case, alone = lab.case(fault.layout), lab.alone()
+    truth = lab.solve(case, alone, _exchange_gate_and_up)
+    return lab.measure(case, truth=truth, noise=lab.measure_noise(case, alone, truth=truth))
+
+
 def _batched_exchange(lab: Lab, fault: Fault) -> Row:
     def prepare(engine: TrainEngine) -> None:
         for chunk in engine.parts.chunks:
@@ -240,6 +247,7 @@ BREAKS: dict[str, Callable[[Lab, Fault], Row]] = {
     "loss averaged in each micro-batch": _mean_of_means,
     "loss averaged in each replica": _mean_of_replicas,
     "gate and up exchanged in the reference": _wrong_reference,
+    "gate and up exchanged in all but the reference": _wrong_reference_of_noise,
     "segment boundary one token late": _late_boundary,
     "segment boundaries ignored": _no_boundaries,
     "RoPE restarted one token late in a pack": _late_positions,

@@ -133,8 +133,11 @@ def beside_noise(row: Row, noise: Row, truth: Truth) -> Row:
     name, ratio = worst(ratios.items()) if ratios else ("nothing to learn", 0.0)
     update_name, update_ratio = worst(updates.items())
     keys = ("joint_error", "loss_error", "norm_error", "weight_error", "update_error")
+    own = {name: noise["gradients"][name] for name in gradients}
+    worst_own = worst(own.items()) if own else ("nothing to learn", 0.0)
     return {
-        "noise": {key: noise[key] for key in keys},
+        "noise": {key: noise[key] for key in keys} | {"gradient_error": worst_own[1]},
+        "noise_name": worst_own[0],
         "ratio": ratio,
         "ratio_name": name,
         "ratios": ratios,

@@ -45,6 +45,8 @@ class Fault:
     """Parameters whose first gradient must stay right."""
     updates: bool = False
     """Nothing shows it but the distance of the weights in units of their change."""
+    shared: bool = False
+    """One process has it as well: nothing shows it but the size of what would be its noise."""
 
 
 FAR = 1e-2
@@ -97,6 +99,10 @@ def _finding_beside_noise(fault: Fault, row: dict[str, Any]) -> Finding:
     hit, spared = _hit_and_spared(fault, row["ratios"])
     kept = all(ratio <= NOISE_FACTOR for ratio in spared.values())
     bars = noise_bars(row["noise"])
+    if fault.shared:
+        value, bar = row["noise"]["gradient_error"], row["noise_caps"]["gradient_error"]
+        where = f"one BF16 process, worst gradient, {row['noise_name']}"
+        return Finding(where, value, "relative", bar, kept and value > bar)
     if fault.updates:
         value, bar = row["update_ratio"], bars["update_ratio"]
         where = f"update over its noise, {row['update_ratio_name']}"

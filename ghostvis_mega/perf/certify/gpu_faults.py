@@ -28,6 +28,13 @@ GPU_FAULTS = [
         hit=WEIGHTS,
     ),
     Fault(
+        name="gate and up exchanged in all but the reference",
+        layout=layout("DP2, ZeRO-2"),
+        hit=r"$^",
+        spared=WEIGHTS,
+        shared=True,
+    ),
+    Fault(
         name="segment boundaries ignored",
         layout=layout("DP2, ZeRO-2"),
         hit=QKV,

@@ -14,6 +14,7 @@ from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine.step import StepInput, StepResult, TrainEngine
 from ghostvis_mega.parallel.groups import Groups, Place, build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
+from ghostvis_mega.perf.certify.bars import noise_caps
 from ghostvis_mega.perf.certify.compare import Row, beside_noise, compare, watch_gradient
 from ghostvis_mega.perf.certify.layout import Layout
 from ghostvis_mega.perf.certify.problem import STEPS, Stream, SyntheticStream, run_of, step_input
@@ -146,14 +147,15 @@ class Lab:
             if problems[key].run.train.precision == "bf16":
                 self.noise[key] = self.measure_noise(problems[key], groups)
 
-    def measure_noise(self, case: Case, groups: Groups) -> Row:
+    def measure_noise(self, case: Case, groups: Groups, *, truth: Truth | None = None) -> Row:
         """A case's problem in its own precision and this process alone: the noise of rounding.
 
         Args:
             case: What to run; how it is spread does not count.
             groups: Of `alone`.
+            truth: Reference, by default the solved one.
         """
-        truth = self.truths[case.problem]
+        truth = truth or self.truths[case.problem]
         engine = TrainEngine(with_eps(undivided(case.run), truth.eps), groups, device=self.device)
         return self._measure(engine, case, truth)
 
@@ -223,6 +225,7 @@ class Lab:
         case: Case,
         *,
         truth: Truth | None = None,
+        noise: Row | None = None,
         alter: Alter | None = None,
         prepare: Callable[[TrainEngine], None] = lambda engine: None,
     ) -> Row:
@@ -231,15 +234,17 @@ class Lab:
         Args:
             case: What to run.
             truth: Reference, by default the solved one.
+            noise: Of one process in BF16, by default the measured one.
             alter: Changes the rows of every batch.
             prepare: Changes the fresh engine.
         """
         started = time.monotonic()
         truth = truth or self.truths[case.problem]
         row = self._measure(self.engine(case, eps=truth.eps), case, truth, alter, prepare)
-        noise = self.noise.get(case.problem)
+        noise = noise or self.noise.get(case.problem)
         if noise is not None:
-            row |= beside_noise(row, noise, truth)
+            caps = noise_caps(fp8=case.run.train.fp8 != "none")
+            row |= beside_noise(row, noise, truth) | {"noise_caps": caps}
         return row | {"seconds": round(time.monotonic() - started, 2)}
 
     def _measure(

@@ -26,6 +26,7 @@ def load_own(request: Request, entry: Entry) -> RunConfig:
         "optim.warmup_steps=0",
         "data.num_workers=0",
         "checkpoint.weights=null",
+        "checkpoint.weights_of=[]",
         "checkpoint.resume=none",
         f"log.output={request.folder / 'run'}",
     ]

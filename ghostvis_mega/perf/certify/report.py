@@ -79,7 +79,7 @@ def _noise_figures(name: str, row: dict[str, Any]) -> list[Figure]:
     noise = row["noise"]
     # Without a finite noise nothing can be said, and that is not fine; max() would hide a NaN.
     sound = all(math.isfinite(value) for value in noise.values())
-    bars = noise_bars(noise)
+    bars, caps = noise_bars(noise), row["noise_caps"]
     entries = (
         ("joint gradient", "joint_error", "relative L2"),
         (f"worst gradient over its noise, {row['ratio_name']}", "ratio", "times"),
@@ -96,8 +96,9 @@ def _noise_figures(name: str, row: dict[str, Any]) -> list[Figure]:
     ]
     of_one = {"joint gradient": "joint_error", "weight": "weight_error", "update": "update_error"}
     of_one |= {"loss": "loss_error", "joint norm": "norm_error"}
+    of_one |= {f"worst gradient, {row['noise_name']}": "gradient_error"}
     figures += [
-        measured(f"{name}: one BF16 process, {what}", noise[key], "relative")
+        at_most(f"{name}: one BF16 process, {what}", noise[key], "relative", caps.get(key))
         for what, key in of_one.items()
     ]
     return [*figures, measured(f"{name}: time", row["seconds"], "s")]
