@@ -11,6 +11,8 @@ from rich.table import Table
 
 from ghostvis_mega.cli.output import EXIT_WRONG_SETTINGS
 from ghostvis_mega.config import deepspeed, rules
+from ghostvis_mega.config.load import read_run_config
+from ghostvis_mega.config.rules import Device
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.config.sizes import checkpoint_bytes, parameter_counts
 from ghostvis_mega.parallel.plan import Degrees
@@ -47,11 +49,18 @@ def check(
         typer.Argument(help="Settings to change: section.key=value ...", show_default=False),
     ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
-    device: Annotated[DeviceName, typer.Option(help="Where it would run.")] = DeviceName.cpu,
+    device: Annotated[
+        DeviceName | None,
+        typer.Option(
+            help="Where it would run; by default on GPUs if the run asks for them, else here.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     try:
-        run = load_checked(config, overrides or [], world_size=world_size, device=device.value)
+        place = _place(config, overrides or []) if device is None else device.value
+        run = load_checked(config, overrides or [], world_size=world_size, device=place)
     except ConfigError as error:
         if as_json:
             problems = [hide(problem) for problem in error.problems]
@@ -64,6 +73,13 @@ def check(
         typer.echo(json.dumps({"ok": True, "problems": [], **plan}, indent=2))
     else:
         _show(run, plan)
+
+
+def _place(config: Path, overrides: list[str]) -> Device | None:
+    """GPUs for a run that needs them, wherever it is checked; else None, as a run decides it."""
+    given = read_run_config(config, overrides).config
+    needed = given is not None and (given.train.device == "cuda" or given.train.fp8 != "none")
+    return "cuda" if needed else None
 
 
 def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:

@@ -157,3 +157,14 @@ def test_an_offloaded_optimizer_is_shown_with_the_memory_it_takes(run_file):
     trained = sum(count for name, count in plan["parameters"].items() if name != "llm")
     assert plan["host_bytes"]["vision"] == -(-trained * 18 // 4)
     assert json.loads(run_check(run_file, "--json")[0].stdout)["host_bytes"] == {}
+
+
+@pytest.mark.parametrize("asked", ["train.fp8=tensorwise", "train.device=cuda"])
+def test_a_run_for_gpus_is_checked_as_one_on_any_machine(run_file, asked):
+    gpu = ["train.precision=bf16", "deepspeed.llm=ds_configs/zero2.json", asked]
+    done, _ = run_check(run_file, *gpu)
+    assert done.returncode == 0, done.stderr
+    assert ("one scale for a whole tensor" in done.stdout) == ("tensorwise" in asked)
+    done, _ = run_check(run_file, *gpu, "--device", "cpu")
+    assert done.returncode == 2
+    assert "GPU" in done.stderr or "CUDA" in done.stderr
