@@ -177,6 +177,7 @@ def load_rows(
             "optim.warmup_steps=0",
             "guards.spike=none",
             "data.heldout=null",
+            "data.blend_changes=[]",
             "log.evaluate=false",
             "log.preview_steps=[]",
             f"log.output={folder}/run{number}",

@@ -1,6 +1,5 @@
 """What presets of the training benchmark are made of: sizes, and the settings of one row."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ LARGE_TOKENS = 2 * MICRO_TOKENS
 """Of one where memory allows it."""
 STEP_TOKENS = 16 * 4096
 """Of one step, for each process."""
-TEXT_TOKENS = 8_000_000
+TEXT_TOKENS = 2**23
+"""Of a preset's text: whole packs of any length, so that no step has a pack that is half empty."""
 RECIPES = ("delayed", "tensorwise", "blockwise")
 UNFUSED = ("train.fused_wgrad=false", "train.fused_loss=false", "train.fused_rope=false")
 """What is on until it is asked not to be."""
@@ -91,6 +91,5 @@ def rows_of_one(count: int, length: int, micro: int, data: Path, *more: str) -> 
     )
 
 
-def hf_kind() -> str:
-    """The transformers peer, with Liger's kernels where they are installed."""
-    return "hf+liger" if importlib.util.find_spec("liger_kernel") else "hf"
+HF = "hf+liger"
+"""The transformers peer at its best: with Liger's kernels."""

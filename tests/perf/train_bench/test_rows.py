@@ -1,5 +1,7 @@
 """Rows and ratios are read, and wrong ones are refused with what to do."""
 
+import importlib.util
+
 import pytest
 
 from ghostvis_mega.config import deepspeed
@@ -79,8 +81,11 @@ def test_names_must_be_there_and_single() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_row_of_a_preset_keeps_all_rules(name: str, processes: int, tmp_path) -> None:
+def test_every_row_of_a_preset_keeps_all_rules(
+    name: str, processes: int, tmp_path, monkeypatch
+) -> None:
     """On the GPUs that presets are for there is no time to find a wrong row."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
     try:
         plan = preset_plan(name, processes=processes, seq_length=0, data=tmp_path)
     except ConfigError as error:
@@ -98,6 +103,34 @@ def test_every_row_of_a_preset_keeps_all_rules(name: str, processes: int, tmp_pa
         problems += deepspeed.find_problems(loaded.config, world_size=processes)
         assert [*problems, *peer_problems(row, loaded.config)] == [], row.name
         assert len(plan.needs([row])) == 1, "each row names the data that it reads"
+
+
+def test_the_transformers_peer_is_never_a_weaker_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    plan = preset_plan("text-1.5b", processes=1, seq_length=0, data=tmp_path)
+    rows = [row for row in plan.rows if row.kind.startswith("hf")]
+    file = plan.write(tmp_path)
+    for row in rows:
+        run = read_run_config(file, [*row.settings, f"log.output={tmp_path}"]).config
+        (problem,) = peer_problems(row, run)
+        assert "pip install liger-kernel" in problem
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("name", ["text-7b", "text-1.5b", "vlm-1.5b", "ablation-1.5b"])
+def test_no_pack_of_text_is_half_empty(name: str, tmp_path) -> None:
+    """Steps would differ in their tokens, and not in their time."""
+    plan = preset_plan(name, processes=2, seq_length=0, data=tmp_path)
+    needs = [need for need in plan.data if isinstance(need, TextNeed)]
+    assert needs
+    file = plan.write(tmp_path)
+    for row in plan.rows:
+        run = read_run_config(file, [*row.settings, f"log.output={tmp_path}"]).config
+        for need in needs:
+            if str(need.path) == str(run.data.train):
+                assert run.data.seq_length % need.sample_length == 0
+                assert need.samples * need.sample_length % run.data.seq_length == 0
+    assert 8_000_000 // 4096 % 2, "as many samples as once, and every table had such a step"
 
 
 def test_equal_work_in_text_rows(tmp_path) -> None:
@@ -138,6 +171,8 @@ def test_longer_sequences_are_a_preset_of_their_own(tmp_path) -> None:
         preset_plan("text-1.5b", processes=1, seq_length=5000, data=tmp_path)
     with pytest.raises(ConfigError, match="is for 2 or 4 processes, not 3"):
         preset_plan("text-7b", processes=3, seq_length=0, data=tmp_path)
+    with pytest.raises(ConfigError, match="Use a multiple of that"):
+        preset_plan("vlm-1.5b", processes=1, seq_length=2048, data=tmp_path)
     with pytest.raises(ConfigError, match="unknown"):
         preset_plan("text-70b", processes=4, seq_length=0, data=tmp_path)
 
