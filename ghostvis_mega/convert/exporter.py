@@ -256,14 +256,28 @@ def about_training(
     }
 
 
+def write_settings(folder: Path, plan: ExportPlan) -> None:
+    """What an export says of model and tokenizer; needs no weight.
+
+    Raises:
+        CheckpointError: The tokenizer has no equal form that is read for such a model.
+    """
+    config = config_of_parts(
+        plan.parts, plan.form, dtype=plan.dtype, vocab=plan.vocab, tokens=plan.found.tokens
+    )
+    (folder / CONFIG).write_bytes(ordered_json(config))
+    llm = plan.parts.llm
+    write_assets(
+        folder, plan.found, plan.parts, plan.form, max_positions=llm.max_positions if llm else None
+    )
+
+
 def finish_export(
     folder: Path,
     plan: ExportPlan,
     shards: list[Shard],
     written: dict[str, Any],
     about: dict[str, Any],
-    *,
-    config_changes: dict[str, Any] | None = None,
 ) -> None:
     """All files beside the weights; the manifest of the export comes last.
 
@@ -273,23 +287,14 @@ def finish_export(
         shards: Its files.
         written: Their sizes and digests.
         about: From `about_training`.
-        config_changes: Keys of config.json beside those of the model.
     """
     write_index(folder, shards)
-    config = config_of_parts(
-        plan.parts, plan.form, dtype=plan.dtype, vocab=plan.vocab, tokens=plan.found.tokens
-    )
-    (folder / CONFIG).write_bytes(ordered_json(config | (config_changes or {})))
-    llm = plan.parts.llm
-    write_assets(
-        folder, plan.found, plan.parts, plan.form, max_positions=llm.max_positions if llm else None
-    )
+    write_settings(folder, plan)
     if plan.form == "ghostvis":
         for name, text in code_files().items():
             (folder / name).write_text(text, encoding="utf-8")
-    quantised = (config_changes or {}).get("quantization_config")
     (folder / "README.md").write_text(
-        card(plan.parts, plan.form, about, dtype=plan.dtype, quantised=quantised), encoding="utf-8"
+        card(plan.parts, plan.form, about, dtype=plan.dtype, quantised=None), encoding="utf-8"
     )
     write_export_file(
         folder, written, {"format": plan.form, "mapping": VERSION, "checkpoint": about}

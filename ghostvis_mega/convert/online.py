@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ghostvis_mega.checkpoint.held import Held, held_parameters, saves_weight, w
 from ghostvis_mega.checkpoint.layout import layout_of
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.config.schema import RunConfig
-from ghostvis_mega.convert.assets import Assets, find_assets
+from ghostvis_mega.convert.assets import Assets
 from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.exporter import (
     ExportOptions,
@@ -29,9 +30,8 @@ from ghostvis_mega.convert.exporter import (
     finish_export,
     plan_export,
     tensor_pieces,
+    write_settings,
 )
-from ghostvis_mega.convert.hf_config import choose_format
-from ghostvis_mega.convert.hf_tokenizer import PROBES, check_same_ids, to_tokenizer_json
 from ghostvis_mega.convert.mapping import Entry, Parts, entries
 from ghostvis_mega.convert.output import EXPORT_FILE, new_directory, write_ordered
 from ghostvis_mega.convert.table import LAYOUTS
@@ -299,18 +299,21 @@ class Exporter:
 
     Raises:
         CheckpointError: The model fits no format, or the tokenizer of `data.train` has no equal
-            form: known before the first step, not after the last.
+            form, or transformers would not read it as such: known before the first step, not after
+            the last, for all but the weights is written once to be thrown away.
     """
 
     run: RunConfig
 
     def __post_init__(self) -> None:
         def check() -> None:
-            choose_format(Parts.of(self.run.model), "auto")
-            with _told():
-                tokenizer = find_assets(self.options.assets).tokenizer
-                assert tokenizer is not None
-                check_same_ids(tokenizer, to_tokenizer_json(tokenizer), PROBES)
+            parts = Parts.of(self.run.model)
+            infos = {
+                entry.native: TensorInfo("F32", entry.shape)
+                for entry in entries(parts, LAYOUTS["ghostvis"])
+            }
+            with _told(), TemporaryDirectory(prefix="ghostvis-export-") as folder:
+                write_settings(Path(folder), plan_export(parts, infos, self.options))
 
         on_first_rank(check)
 

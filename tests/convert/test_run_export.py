@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from ghostvis_mega.cli.main import app
+from ghostvis_mega.config.load import load_run_config
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.convert.online import Exporter
 from ghostvis_mega.eval.stock_answers import answer_both
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.utils.errors import CheckpointError
@@ -56,6 +60,27 @@ def test_a_run_keeps_as_many_exports_as_checkpoints(run: Path):
     kept = [path.name for path in sorted((run / "checkpoints").glob("step-*"))]
     assert kept == ["step-00000002", "step-00000003"]
     assert [path.name for path in sorted((run / "hf").iterdir())] == kept
+
+
+def test_what_cannot_be_exported_is_told_before_the_first_step(easy_vqa: Path):
+    """transformers reads the tokenizer of a Qwen2 text model by rules of its own."""
+    base = load_run_config(
+        Path("examples/configs/vlm_tiny_easyvqa.yaml"), [f"data.train={easy_vqa / 'train.gvd'}"]
+    )
+    Exporter(base)
+    text = {"vision": None, "connector": None}
+
+    def run(**llm: Any) -> RunConfig:
+        changed = base.model.llm.model_copy(update=llm)
+        model = base.model.model_copy(update={**text, "llm": changed})
+        return base.model_copy(update={"model": model})
+
+    assert base.model.llm.vocab_size == 512
+    Exporter(run(qkv_bias=False))
+    with pytest.raises(CheckpointError, match="tokenizer of such a model as Qwen2Tokenizer"):
+        Exporter(run(qkv_bias=True))
+    with pytest.raises(CheckpointError, match="is not between the tokenizer's .* ids"):
+        Exporter(run(qkv_bias=False, vocab_size=256))
 
 
 def test_the_command_writes_the_same_files(run: Path, easy_vqa: Path, tmp_path: Path):
@@ -108,6 +133,13 @@ def test_the_command_asks_both(run: Path, easy_vqa: Path):
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert rows["answers that transformers gives as well, token for token"]["value"] == 8
     assert rows["greatest difference of a log-probability"]["value"] < 1e-4
+    # No more are asked for than there are pictures.
+    few = [*asking[:2], "--answers", "1000", "--data", str(easy_vqa / "test.gvd"), "--json"]
+    result = CliRunner().invoke(app, [*few, str(checkpoint), str(export)])
+    assert result.exit_code == 0, result.output
+    all_rows = {row["name"]: row for row in json.loads(result.stdout)}
+    asked = all_rows["answers that transformers gives as well, token for token"]
+    assert 0 < asked["value"] == asked["bar"] <= 12
     # Weights of another step do not pass for these.
     result = CliRunner().invoke(app, [*asking, str(checkpoint), str(run / "hf/step-00000002")])
     assert result.exit_code == 1
