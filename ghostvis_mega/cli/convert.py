@@ -252,7 +252,8 @@ def verify(
     other: Annotated[Path | None, typer.Argument(help="What it must equal.")] = None,
     part: Part = None,
     answers: Annotated[
-        int, typer.Option(min=0, help="Pictures of --data to ask both about: ours, transformers.")
+        int,
+        typer.Option(min=0, help="Pictures of --data, at most, to ask ours and theirs about."),
     ] = 0,
     data: Annotated[Path | None, typer.Option(help="Prepared dataset with questions.")] = None,
     as_json: AsJson = False,
@@ -302,7 +303,7 @@ def _asked(
     right = sum(pair.ours == pair.reference for pair in found)
     same = len(found) - len(different)
     rows = [
-        at_least("answers that transformers gives as well, token for token", same, "", count),
+        at_least("answers that transformers gives as well, token for token", same, "", len(found)),
         at_most("greatest difference of a log-probability", error, "nats", LARGEST_ERROR),
         measured("answers that are right", right, f"of {len(found)}"),
     ]

@@ -159,7 +159,9 @@ class RowOptions:
         self.draws_RM[row, :count] = sampling.draws(sample, count).to(device)
         self.seen_RV[row] = False
         if sampling.repetition_penalty != 1:
-            self.seen_RV[row, torch.tensor(prompt, device=device)] = True
+            # A prompt may hold tokens that cannot be chosen.
+            seen = [token for token in prompt if token < vocab]
+            self.seen_RV[row, torch.tensor(seen, dtype=torch.int64, device=device)] = True
 
     def rows(self, chosen: slice | list[int]) -> "RowOptions":
         """Some rows; of a slice the same memory."""

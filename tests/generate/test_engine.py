@@ -271,6 +271,16 @@ OPTIONS = (
 )
 
 
+def test_a_prompt_may_hold_tokens_that_cannot_be_chosen(made: Made):
+    engine = engine_of(made["llava-siglip"][0], choices=50)
+    penalised = {"max_tokens": 6, "repetition_penalty": 1.7}
+    (first,), (second,) = answers(engine, prompts=[0, 1], **penalised)
+    assert max(PROMPTS[0][0]) >= 50 > max(first.tokens + second.tokens)
+    # Those that can be are penalised as ever.
+    seen = engine._rows.options.seen_RV
+    assert {int(t) for t in seen[0].nonzero()} == {7, 30, 41, 9} | set(first.tokens)
+
+
 @pytest.mark.parametrize("sampling", OPTIONS, ids=str)
 def test_draws_follow_transformers_probabilities(sampling: Sampling):
     """Each token gets exactly its share of the numbers that can be drawn."""
