@@ -142,7 +142,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
     if problem := _schema_problem(document, file):
         raise CheckpointError(problem)
-    if document.get("digest") != document_digest(document) or raw != canonical_json(document):
+    try:
+        intact = document.get("digest") == document_digest(document)
+        intact = intact and raw == canonical_json(document)
+    except (ValueError, RecursionError) as error:
+        # NaN, half a surrogate pair: values that are read and can never have been written.
+        raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
+    if not intact:
         raise CheckpointError(f"{file} is damaged: it does not match its own digest")
     try:
         manifest = Manifest.model_validate(document)

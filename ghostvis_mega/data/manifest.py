@@ -147,7 +147,15 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     if problem := _schema_problem(document, file):
         raise DataError(problem)
-    if document.get("digest") != document_digest(document) or raw != canonical_json(document):
+    try:
+        intact = document.get("digest") == document_digest(document)
+        intact = intact and raw == canonical_json(document)
+    except (ValueError, RecursionError) as error:
+        # NaN, half a surrogate pair: values that are read and can never have been written.
+        raise DataError(
+            f"{file} is not valid JSON ({error}): the file is damaged, ingest the data again"
+        ) from error
+    if not intact:
         raise DataError(
             f"{file} does not match its own digest: it was edited or damaged, ingest the data again"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ghostvis_mega.checkpoint.folder import CheckpointFolder
+from ghostvis_mega.checkpoint.manifest import read_manifest
 from ghostvis_mega.checkpoint.store import CheckpointStore
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.checkpoint.tiny import write_tiny
@@ -42,6 +43,20 @@ def test_the_newest_is_found_and_latest_names_it(folder: CheckpointFolder):
     paths = [save(folder, step) for step in (5, 10)]
     assert folder.newest() == paths[1] == folder.path / "step-00000010"
     assert (folder.path / "latest").read_text() == "step-00000010\n"
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '{"a": "\\ud800"}'])
+def test_a_manifest_that_nobody_can_have_written_is_damage(folder: CheckpointFolder, value: str):
+    sound, other = save(folder, 5), save(folder, 10)
+    manifest = other / "manifest.json"
+    text = manifest.read_text().replace('"extra": {}', f'"extra": {value}')
+    assert value in text
+    manifest.write_text(text)
+    with pytest.raises(CheckpointError, match="manifest.json is damaged: it is not valid JSON"):
+        read_manifest(other)
+    assert folder.newest() == sound
+    assert folder.next_serial() == 2
+    assert folder.prune(1) == []
 
 
 def test_after_a_step_back_the_last_save_is_the_newest(folder: CheckpointFolder):

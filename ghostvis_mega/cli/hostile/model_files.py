@@ -176,6 +176,15 @@ def _whole_manifest(text: Callable[[Kit], bytes]) -> Callable[[Kit, Path], Path]
     return make
 
 
+UNWRITABLE = {"NaN": "NaN", "half a surrogate pair": '{"a": "\\ud800"}'}
+"""Values that Python's reader of JSON takes and that no manifest can have been written with."""
+
+
+def _unwritable(schema: str, value: str) -> bytes:
+    """A manifest with one of them."""
+    return f'{{"schema": "{schema}", "step": 1, "extra": {value}, "digest": ""}}'.encode()
+
+
 DATASETS = [
     _dataset("a file with ..", _listed("../secret")),
     _dataset("a file with an absolute name", _listed("{kit.secret}")),
@@ -186,6 +195,11 @@ DATASETS = [
         samples=10**15)),
     Case("dataset: manifest of deep JSON", "dataset", _whole_manifest(lambda kit: deep().encode())),
     Case("dataset: a pickle as manifest", "dataset", _whole_manifest(lambda kit: kit.pickle)),
+    *(
+        Case(f"dataset: manifest with {name}", "dataset",
+             _whole_manifest(lambda kit, value=value: _unwritable("gvd/1", value)))
+        for name, value in UNWRITABLE.items()
+    ),
     Case("tokenizer: a pickle as .model", "tokenizer_file",
          lambda kit, folder: put(folder / "t.model", kit.pickle)),
     Case("tokenizer: a pickle as .tiktoken", "tokenizer_file",
@@ -262,6 +276,11 @@ CHECKPOINTS = [
     _folder("Megatron's folder", "checkpoint", lambda kit: {
         "latest_checkpointed_iteration.txt": "1", "iter_0000001/common.pt": kit.pickle}),
     _folder("manifest of deep JSON", "checkpoint", lambda kit: {"manifest.json": deep()}),
+    *(
+        _folder(f"manifest with {name}", "checkpoint", lambda kit, value=value: {
+            "manifest.json": _unwritable("gvc/1", value)})
+        for name, value in UNWRITABLE.items()
+    ),
     _folder("a run whose only checkpoint is pickles", "run_folder", lambda kit: {
         "latest": "../../outside", "step-00000001/model.pt": kit.pickle}),
     Case("checkpoint: a .pt file", "checkpoint",
