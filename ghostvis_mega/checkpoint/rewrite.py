@@ -23,7 +23,7 @@ from ghostvis_mega.config.rules_pipeline import stage_layers
 from ghostvis_mega.config.schema import ParallelConfig
 from ghostvis_mega.utils.environment import package_versions
 from ghostvis_mega.utils.errors import CheckpointError
-from ghostvis_mega.utils.files import fsync_directory
+from ghostvis_mega.utils.files import fsync_directory, temporary_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,7 +46,8 @@ def reshard(source: Path, output: Path, target: Target) -> Path:
     ranks that these belong to are not those of the target.
 
     Raises:
-        CheckpointError: The source is damaged, the model cannot be cut so, or `output` exists.
+        CheckpointError: The source is damaged, the model cannot be cut so, `output` exists, or it
+            cannot be written.
     """
     if output.exists():
         raise CheckpointError(f"{output} exists already: name a new directory")
@@ -54,23 +55,34 @@ def reshard(source: Path, output: Path, target: Target) -> Path:
         if damage := reader.damage(reader.files()):
             raise CheckpointError("; ".join(damage))
         sizes = _stages(reader, target)
-        temporary = output.with_name(f"{output.name}.tmp")
-        temporary.mkdir(parents=True)
-        done = False
         try:
-            files: dict[str, Any] = {}
-            fp8_state = reader.fp8_state()
-            for rank in range(target.world_size):
-                files |= _write_rank(reader, temporary, target, sizes, rank)
-                files |= _write_fp8_state(fp8_state, temporary, target, sizes, rank)
-            _write_manifest(reader, temporary, target, files)
-            os.replace(temporary, output)
-            done = True
-        finally:
-            if not done:
-                shutil.rmtree(temporary, ignore_errors=True)
-        fsync_directory(output.parent)
+            _write(reader, output, target, sizes)
+        except OSError as error:
+            raise CheckpointError(
+                f"{output} cannot be written: {error.strerror or error}"
+            ) from error
     return output
+
+
+def _write(reader: CheckpointReader, output: Path, target: Target, sizes: tuple[int, ...]) -> None:
+    """All files under a fresh name, which one that was killed cannot have taken, then the right
+    one."""
+    temporary = temporary_name(output)
+    temporary.mkdir(parents=True)
+    done = False
+    try:
+        files: dict[str, Any] = {}
+        fp8_state = reader.fp8_state()
+        for rank in range(target.world_size):
+            files |= _write_rank(reader, temporary, target, sizes, rank)
+            files |= _write_fp8_state(fp8_state, temporary, target, sizes, rank)
+        _write_manifest(reader, temporary, target, files)
+        os.replace(temporary, output)
+        done = True
+    finally:
+        if not done:
+            shutil.rmtree(temporary, ignore_errors=True)
+    fsync_directory(output.parent)
 
 
 def _stages(reader: CheckpointReader, target: Target) -> tuple[int, ...]:

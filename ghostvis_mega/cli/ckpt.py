@@ -40,7 +40,7 @@ Example (a run resumes from any layout without this as well):
 
 \b
 Weights, masters, moments, counts and FP8 scales are the same bits. Random generators are left out:
-nothing in training draws from them.
+nothing in training draws from them. One that is killed leaves OUTPUT.tmp-..., which you may delete.
 """
 PRUNE_HELP = """Delete all but the newest complete checkpoints that verify.
 
@@ -49,7 +49,8 @@ Example:
   python -m ghostvis_mega ckpt prune runs/demo/checkpoints --keep 2
 
 \b
-What is kept is read whole first; damaged checkpoints do not count, and stay for you to look at.
+They are read whole, newest first, until enough are found that are sound. Damaged ones among them do
+not count, and stay for you to look at; what is older is deleted unread. Incomplete ones stay.
 """
 
 Folder = Annotated[Path, typer.Argument(help="OUTPUT/checkpoints of a run.", show_default=False)]

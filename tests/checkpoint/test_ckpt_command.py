@@ -1,11 +1,15 @@
 """`ghostvis ckpt`: what it lists, finds, writes and deletes."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from ghostvis_mega.checkpoint import rewrite
 from ghostvis_mega.checkpoint.folder import CheckpointFolder
 from ghostvis_mega.checkpoint.manifest import read_manifest
 from ghostvis_mega.cli.main import app
@@ -62,6 +66,37 @@ def test_prune_keeps_what_verifies(folder: CheckpointFolder):
     flip(folder.directory(2) / "llm-00001.safetensors")
     assert ckpt("prune", folder.path, "--keep", 1).exit_code == 0
     assert folder.directory(2).is_dir()
+
+
+def test_prune_deletes_what_is_older_unread_as_its_help_says(folder: CheckpointFolder):
+    flip(folder.directory(1) / "llm-00001.safetensors")
+    assert ckpt("prune", folder.path, "--keep", 1).exit_code == 0
+    assert [path.name for path in folder.candidates()] == ["step-00000003"]
+    assert "what is older is deleted unread" in ckpt("prune", "--help").stdout
+
+
+def test_reshard_that_was_killed_or_met_a_full_disk_can_be_repeated(
+    folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, out = with_moments(folder.directory(1)), tmp_path / "deep" / "out"
+    (tmp_path / "deep" / "out.tmp").mkdir(parents=True)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite, "write_later", full)
+        result = ckpt("reshard", source, out, "--world", 1)
+        assert result.exit_code == 2
+        assert f"error: {out} cannot be written: No space left on device" in result.stderr
+        assert [path.name for path in out.parent.iterdir()] == ["out.tmp"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as SIGKILL leaves it
+        assert ckpt("reshard", source, out, "--world", 1).exit_code == 2
+    assert len(list(out.parent.iterdir())) == 2
+    assert ckpt("reshard", source, out, "--world", 1).exit_code == 0
+    assert ckpt("verify", out).exit_code == 0
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (6, 1, 2), (3, 1, 1)])
