@@ -170,19 +170,26 @@ class Training:
 
     def _execute(self, lease: Lease) -> Summary:
         run, groups = self.run, self.world.groups
-        goodput = self.account()
+        goodput, alive = self.account(), self.world.watchdog.alive
+        alive("building the model")
         engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
         store = CheckpointStore(
-            run.log.output / "checkpoints", keep=run.checkpoint.keep, lease=lease
+            run.log.output / "checkpoints",
+            keep=run.checkpoint.keep,
+            lease=lease,
+            progress=self.world.watchdog.progress,
         )
         feed = Feed(run, groups, train)
         guards = Guards(run, places=groups.places, rank=groups.rank)
         state = RunState(store=store, engine=engine, feed=feed, guards=guards)
+        alive("the restore")
         start = state.restore(run.checkpoint)
         if run.checkpoint.save_every or run.checkpoint.save_at_end:
+            alive("taking host memory for saves")
             store.prepare(engine)
+        alive("the start")
         observers = make_observers(run.log, rank=groups.rank, account=goodput.summary)
         previewer = None
         if heldout is not None and run.log.preview_steps and run.log.preview_samples:
@@ -209,7 +216,7 @@ class Training:
             log.info("nothing left to train: %d of %d steps are done", start, run.train.steps)
         loss = loop.run(start=start)
         feed.close()
-        self.world.watchdog.alive("the end of the last save")
+        alive("the end of the last save")
         with goodput.part("save"):
             store.close()
         summary: Summary = {"status": self.stop.reason if self.stop.agreed else "finished"}

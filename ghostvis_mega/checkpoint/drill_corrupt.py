@@ -120,7 +120,7 @@ def corrupt(work: Path, *, trials: int, seed: int, verify: bool = True) -> Findi
     names = sorted(path.name for path in (template / f"step-{_STEPS[1]:08d}").iterdir())
     digest = reader_module.digest_problem
     if not verify:
-        reader_module.digest_problem = size_problem
+        reader_module.digest_problem = lambda *args, **_: size_problem(*args)
     try:
         for damage, name in _plan(names, trials):
             folder = work / "checkpoints"

@@ -32,6 +32,7 @@ from ghostvis_mega.checkpoint.folder import CheckpointFolder, open_complete
 from ghostvis_mega.checkpoint.manifest import read_manifest
 from ghostvis_mega.checkpoint.snapshot import Snapshot
 from ghostvis_mega.checkpoint.tensors import write_buffer
+from ghostvis_mega.train.progress import Progress
 from ghostvis_mega.utils.errors import CheckpointError
 from ghostvis_mega.utils.forks import ForkedRanks, run_forked
 
@@ -312,7 +313,7 @@ def _delete_then_publish(publish: Callable[..., Path]) -> Callable[..., Path]:
     return wrong
 
 
-def _only_digests(snapshot: Snapshot, folder: Path) -> saving.Part:
+def _only_digests(snapshot: Snapshot, folder: Path, progress: Progress) -> saving.Part:
     files = {
         name: snapshot.entries[name] | {"sha256": hashlib.sha256(content.numpy()).hexdigest()}
         for name, content in snapshot.files.items()

@@ -10,6 +10,7 @@ parameter that one tensor-parallel rank holds (the whole parameter where it is n
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from ghostvis_mega.utils.files import (
     document_digest,
     read_small,
     sha256_file,
+    unnoticed,
 )
 
 MANIFEST_FILE = "manifest.json"
@@ -180,12 +182,15 @@ def size_problem(directory: Path, name: str, info: FileInfo) -> str | None:
     return None
 
 
-def digest_problem(directory: Path, name: str, info: FileInfo) -> str | None:
-    """As `size_problem`, and the content is compared with its SHA-256."""
+def digest_problem(
+    directory: Path, name: str, info: FileInfo, *, moved: Callable[[int], None] = unnoticed
+) -> str | None:
+    """As `size_problem`, and the content is compared with its SHA-256; `moved` is told of bytes
+    that were read."""
     if problem := size_problem(directory, name, info):
         return problem
     try:
-        found = sha256_file(directory / name)
+        found = sha256_file(directory / name, moved=moved)
     except OSError as error:
         return f"{directory / name} cannot be read: {error.strerror}"
     if found != info.sha256:

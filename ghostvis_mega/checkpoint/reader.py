@@ -1,6 +1,7 @@
 """Reads elements of parameters out of a checkpoint's files, wherever they lie."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ghostvis_mega.checkpoint.manifest import Kind, digest_problem, read_manifes
 from ghostvis_mega.model.shards import unshard
 from ghostvis_mega.utils.closing import Closing
 from ghostvis_mega.utils.errors import CheckpointError
+from ghostvis_mega.utils.files import unnoticed
 
 _DIGEST_THREADS = 4
 FP8_PREFIX = "fp8/"
@@ -36,13 +38,14 @@ class CheckpointReader(Closing):
 
     Args:
         path: Its directory.
+        moved: Told of bytes that were read, from any thread.
 
     Raises:
         CheckpointError: No sound manifest.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, moved: Callable[[int], None] = unnoticed):
+        self.path, self._moved = path, moved
         self.manifest = read_manifest(path)
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
@@ -69,7 +72,9 @@ class CheckpointReader(Closing):
         """Sentences about those files whose size or SHA-256 is wrong; reads them whole."""
         infos = self.manifest.files
         with ThreadPoolExecutor(_DIGEST_THREADS, thread_name_prefix="digest") as pool:
-            found = pool.map(lambda name: digest_problem(self.path, name, infos[name]), names)
+            found = pool.map(
+                lambda name: digest_problem(self.path, name, infos[name], moved=self._moved), names
+            )
             return [problem for problem in found if problem]
 
     def missing(
@@ -116,6 +121,7 @@ class CheckpointReader(Closing):
                     f"{self.path / place.file}: {prefix}{name} has {saved.numel()} elements, "
                     f"the manifest says {place.held}"
                 )
+            self._moved(place.length * saved.itemsize)
             pieces.append(saved.view(-1)[place.start : place.start + place.length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 import torch
+import torch.distributed as dist
 
 from ghostvis_mega.checkpoint.capture import parameter_entries, saved_kinds
 from ghostvis_mega.checkpoint.held import (
@@ -111,15 +112,22 @@ def _parameter_problems(
 
 
 @torch.no_grad()
-def restore(engine: TrainEngine, reader: CheckpointReader) -> None:
+def restore(
+    engine: TrainEngine, reader: CheckpointReader, *, group: dist.ProcessGroup | None = None
+) -> None:
     """Weights, masters, moments and update counts, each element exactly as saved; collective.
+
+    Args:
+        engine: Newly built, or between two steps.
+        reader: A checkpoint that fits it.
+        group: Of all ranks, who wait in it for the slowest disk; by default the one of training.
 
     Raises:
         CheckpointError: A file could not be read on some rank; raised on all of them.
     """
     for zero in engine.engines:
         release_gathered(zero)
-    on_every_rank(lambda: _restore_elements(engine, reader))
+    on_every_rank(lambda: _restore_elements(engine, reader), group=group)
     for zero in engine.engines:
         set_optimizer_steps(zero, reader.manifest.optimizer_steps[engine_name(engine, zero)])
         gather_persistent(zero)
@@ -153,17 +161,21 @@ def _part(engine: TrainEngine, held: Held, span: Span) -> Part:
 
 @torch.no_grad()
 def restore_weights(
-    engine: TrainEngine, reader: CheckpointReader, modules: Collection[str]
+    engine: TrainEngine,
+    reader: CheckpointReader,
+    modules: Collection[str],
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Weights of `modules` alone, from a checkpoint of any layout; masters follow the weights;
-    collective.
+    `group` as for `restore`; collective.
 
     Raises:
         CheckpointError: A file could not be read on some rank; raised on all of them.
     """
     for zero in engine.engines:
         release_gathered(zero)
-    on_every_rank(lambda: _restore_parts(engine, reader, modules))
+    on_every_rank(lambda: _restore_parts(engine, reader, modules), group=group)
     for zero in engine.engines:
         if zero.stage > 0:
             zero.optimizer.refresh_fp32_params()

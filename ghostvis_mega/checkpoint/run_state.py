@@ -36,7 +36,13 @@ class RunState:
         state = self.store.resume(settings.resume, self.engine)
         if state is None:
             if settings.weights is not None:
-                load_weights(settings.weights, self.engine, modules=settings.weights_of or None)
+                load_weights(
+                    settings.weights,
+                    self.engine,
+                    modules=settings.weights_of or None,
+                    progress=self.store.progress,
+                    group=self.store.group(),
+                )
             return 0
         data = state.extra.get("data")
         if isinstance(data, dict):

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from ghostvis_mega.checkpoint.manifest import (
 from ghostvis_mega.checkpoint.snapshot import Snapshot
 from ghostvis_mega.checkpoint.tensors import differs, write_buffer
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
+from ghostvis_mega.train.progress import Progress
 from ghostvis_mega.utils.errors import CheckpointError, FolderTakenError
 from ghostvis_mega.utils.files import fsync_directory
 
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _DIGEST_THREADS = 2
 """A rank has one or two large files."""
+_PIECE_BYTES = 64 << 20
+"""Hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def write_checkpoint(
     keep: int,
     group: dist.ProcessGroup | None,
     lease: Lease | None = None,
+    progress: Progress | None = None,
 ) -> Saved:
     """Write what all ranks have of one step; collective over `group`.
 
@@ -78,20 +82,25 @@ def write_checkpoint(
         keep: Complete checkpoints that stay.
         group: Of all ranks; None takes the default one.
         lease: Must be ours before anything is removed and before the checkpoint gets its name.
+        progress: Told what this rank does and of every byte.
 
     Raises:
         FolderTakenError: Another launch has the folder; what it saves there is as it was.
         CheckpointError: A rank could not write; older checkpoints are as they were.
     """
     began, step = time.perf_counter(), snapshot.step
+    told = progress or Progress()
     try:
         total = sum(on_every_rank(lambda: snapshot.num_bytes, group=group))
         temporary = on_first_rank(
-            lambda: _begin(folder, step, num_bytes=total, lease=lease), group=group
+            told.at("makes room")(lambda: _begin(folder, step, num_bytes=total, lease=lease)),
+            group=group,
         )
-        written = on_every_rank(lambda: _write_own(snapshot, temporary), group=group)
+        written = on_every_rank(lambda: _write_own(snapshot, temporary, told), group=group)
         path = on_first_rank(
-            lambda: _finish(folder, snapshot, written, extra=extra, keep=keep, lease=lease),
+            told.at("names the checkpoint and deletes old ones")(
+                lambda: _finish(folder, snapshot, written, extra=extra, keep=keep, lease=lease)
+            ),
             group=group,
         )
     except FolderTakenError:
@@ -127,34 +136,44 @@ def _discard(folder: CheckpointFolder, step: int, *, lease: Lease | None) -> Non
     folder.discard(step)
 
 
-def _write_own(snapshot: Snapshot, folder: Path) -> Part:
+def _write_own(snapshot: Snapshot, folder: Path, progress: Progress) -> Part:
     """This rank's files and what it adds to the manifest.
 
     Digests are taken of the host memory, by threads that need not keep pace with the disk: what
     they have left to do when it is done is all that they cost.
     """
     with ThreadPoolExecutor(_DIGEST_THREADS, thread_name_prefix="digest") as pool:
-        digests = {name: pool.submit(_digest, content) for name, content in snapshot.files.items()}
+        moved = progress.moved
+        digests = {
+            name: pool.submit(_digest, content, moved=moved)
+            for name, content in snapshot.files.items()
+        }
         for name, content in snapshot.files.items():
-            write_buffer(folder / name, content)
+            with progress.at(f"writes {name}"):
+                write_buffer(folder / name, content, moved=moved)
         for name, content in snapshot.files.items():
-            _forget_cached(folder / name)
-            if differs(folder / name, content):
-                raise CheckpointError(
-                    f"{folder / name} is damaged: the disk does not give back what was written"
-                )
+            with progress.at(f"reads back {name}"):
+                _forget_cached(folder / name)
+                if differs(folder / name, content, moved=moved):
+                    raise CheckpointError(
+                        f"{folder / name} is damaged: the disk does not give back what was written"
+                    )
         on_disk = time.perf_counter()
-        done = {name: digest.result() for name, digest in digests.items()}
+        with progress.at("takes digests"):
+            done = {name: digest.result() for name, digest in digests.items()}
         waited_s = time.perf_counter() - on_disk
     files = {name: snapshot.entries[name] | {"sha256": done[name][0]} for name in done}
     hashing_s = sum(seconds for _, seconds in done.values())
     return Part({**snapshot.about, "files": files}, hashing_s=hashing_s, waited_s=waited_s)
 
 
-def _digest(content_B: torch.Tensor) -> tuple[str, float]:
+def _digest(content_B: torch.Tensor, *, moved: Callable[[int], None]) -> tuple[str, float]:
     """Hex SHA-256, and the processor seconds that it took."""
-    began = time.thread_time()
-    return hashlib.sha256(content_B.numpy()).hexdigest(), time.thread_time() - began
+    began, digest = time.thread_time(), hashlib.sha256()
+    for piece_B in content_B.split(_PIECE_BYTES):
+        digest.update(piece_B.numpy())
+        moved(len(piece_B))
+    return digest.hexdigest(), time.thread_time() - began
 
 
 def _forget_cached(path: Path) -> None:

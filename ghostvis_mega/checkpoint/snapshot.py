@@ -60,7 +60,13 @@ class HostBuffers:
         if kept is None or kept.numel() < num_bytes:
             self._kept.pop(name, None)
             del kept
-            kept = torch.empty(-(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES, dtype=torch.uint8)
+            rounded = -(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES
+            try:
+                kept = torch.empty(rounded, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"the host has no {rounded / 1e9:.3f} GB for the snapshot of {name}: {error}"
+                ) from error
             if self.pinned:
                 _pin(kept)
                 weakref.finalize(kept, _unpin, kept.data_ptr()).atexit = False

@@ -34,6 +34,7 @@ from ghostvis_mega.checkpoint.snapshot import HostBuffers, Snapshot
 from ghostvis_mega.checkpoint.together import on_every_rank, on_first_rank
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups
+from ghostvis_mega.train.progress import Progress
 from ghostvis_mega.utils.errors import CheckpointError, DamagedCheckpointError, FolderTakenError
 from ghostvis_mega.utils.files import canonical_json
 
@@ -67,11 +68,20 @@ class CheckpointStore:
         folder: Where they lie; every rank must see it under this name.
         keep: How many complete ones stay.
         lease: This launch's hold on the folder; None where no other launch can save there.
+        progress: Told of every byte, and shown while anybody waits for them.
     """
 
-    def __init__(self, folder: Path, *, keep: int, lease: Lease | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        lease: Lease | None = None,
+        progress: Progress | None = None,
+    ):
         assert keep >= 1, "the newest checkpoint always stays"
         self.folder, self.keep, self.lease = CheckpointFolder(folder), keep, lease
+        self.progress = progress or Progress()
         self.stall_s = 0.0
         """How long the last `begin` kept training, the wait for an earlier save left aside."""
         self.state_bytes = 0
@@ -110,13 +120,38 @@ class CheckpointStore:
         group: dist.ProcessGroup | None,
     ) -> Saved:
         return write_checkpoint(
-            self.folder, snapshot, extra=extra, keep=self.keep, group=group, lease=self.lease
+            self.folder,
+            snapshot,
+            extra=extra,
+            keep=self.keep,
+            group=group,
+            lease=self.lease,
+            progress=self.progress,
         )
 
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks once more, for what may wait for the slowest disk; made when first asked for;
+        collective.
+
+        What the thread says to its like must not get between the messages of training.
+        """
+        if self._group is None and dist.is_initialized():
+            self._group = dist.new_group(
+                backend="gloo", timeout=_WRITE_TIMEOUT, group_desc="checkpoints"
+            )
+        return self._group
+
     def prepare(self, engine: TrainEngine) -> None:
-        """Take the host memory that saves need, before training; else the first one does."""
+        """Take the host memory that saves need, before training; else the first one does;
+        collective.
+
+        Raises:
+            CheckpointError: Some rank has no room for it.
+        """
         if self._buffers is None:
-            self._buffers = make_buffers(engine)
+            made: list[HostBuffers] = []
+            on_every_rank(lambda: made.append(make_buffers(engine)), group=self.group())
+            self._buffers = made[0]
 
     def begin(self, engine: TrainEngine, *, step: int, extra: dict[str, JsonValue]) -> None:
         """As `save`, but training goes on while the copy of the state is written; collective.
@@ -131,18 +166,24 @@ class CheckpointStore:
         self._collect()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            if dist.is_initialized():
-                # Its own group: what the thread says to its like must not get between the
-                # messages of training.
-                self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
-        if self.lease is not None:
-            # Here as well as in the thread: a launch that lost its folder trains no step more.
-            on_first_rank(self.lease.check, group=self._group)
-        began = time.perf_counter()
-        snapshot = self._snapshot(engine, step=step)
+        group = self.group()
+        try:
+            if self.lease is not None:
+                # Here as well as in the thread: a launch that lost its folder trains no step more.
+                on_first_rank(self.lease.check, group=group)
+            began = time.perf_counter()
+            snapshot = self._snapshot(engine, step=step)
+        except FolderTakenError:
+            raise
+        except CheckpointError as error:
+            # As if the thread had met it: a warning, unless it is the last save of the run.
+            self._pending = Future()
+            told = f"the checkpoint after step {step} could not be saved: {error}"
+            self._pending.set_exception(CheckpointError(told))
+            return
         self.stall_s = time.perf_counter() - began
         self.state_bytes = snapshot.num_bytes
-        self._pending = self._thread.submit(self._write, snapshot, extra=extra, group=self._group)
+        self._pending = self._thread.submit(self._write, snapshot, extra=extra, group=group)
 
     @property
     def writing(self) -> bool:
@@ -157,7 +198,8 @@ class CheckpointStore:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.saved = pending.result()
+            with self.progress.shown(awaits_save=True):
+                self.saved = pending.result()
             self._failed = 0
 
     def _collect(self) -> None:
@@ -176,8 +218,12 @@ class CheckpointStore:
 
     def _snapshot(self, engine: TrainEngine, *, step: int) -> Snapshot:
         self.prepare(engine)
-        assert self._buffers is not None
-        return take_snapshot(engine, self._buffers, step=step)
+        buffers, taken = self._buffers, list[Snapshot]()
+        assert buffers is not None
+        on_every_rank(
+            lambda: taken.append(take_snapshot(engine, buffers, step=step)), group=self.group()
+        )
+        return taken[0]
 
     def close(self) -> None:
         """Wait for the thread and give its memory back.
@@ -285,10 +331,12 @@ class CheckpointStore:
             DamagedCheckpointError: A file is missing or damaged.
             CheckpointError: The checkpoint is of another model, or of other batches.
         """
-        with _opened(path) as reader:
-            _verify(reader, engine.groups, resume_problems(engine, reader), reader.files())
-            restore(engine, reader)
-            on_every_rank(lambda: _restore_own(engine, reader))
+        group = self.group()
+        with self.progress.shown(), _opened(path, moved=self.progress.moved) as reader:
+            problems = resume_problems(engine, reader)
+            _verify(reader, engine.groups, problems, reader.files(), group=group)
+            restore(engine, reader, group=group)
+            on_every_rank(lambda: _restore_own(engine, reader), group=group)
             manifest = reader.manifest
         log.info("resumed from %s after step %d", path, manifest.step)
         if change := layout_change(manifest.layout, layout_of(engine)):
@@ -314,7 +362,12 @@ def _restore_own(engine: TrainEngine, reader: CheckpointReader) -> None:
 
 
 def load_weights(
-    path: Path, engine: TrainEngine, *, modules: Sequence[str] | None = None
+    path: Path,
+    engine: TrainEngine,
+    *,
+    modules: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[str, ...]:
     """Start from the weights of another run, of any layout, with fresh optimizers; collective.
 
@@ -322,6 +375,8 @@ def load_weights(
         path: A checkpoint.
         engine: Newly built.
         modules: Parts to take over; by default those that both the checkpoint and the model have.
+        progress: Told of every byte, and shown meanwhile.
+        group: Of all ranks, who wait in it for the slowest disk; by default the one of training.
 
     Returns:
         What was taken over; the log names the parts that stay freshly initialised.
@@ -332,12 +387,13 @@ def load_weights(
     """
     own = engine.run.model.modules
     own_names = model_parameters(engine)
-    with _opened(path) as reader:
+    told = progress or Progress()
+    with told.shown(), _opened(path, moved=told.moved) as reader:
         saved = {info.module for info in reader.manifest.parameters.values()}
         wanted = [m for m in own if m in saved] if modules is None else modules
         problems = weight_problems(engine, reader, wanted, own_names=own_names)
-        _verify(reader, engine.groups, problems, reader.files("weights"))
-        restore_weights(engine, reader, wanted)
+        _verify(reader, engine.groups, problems, reader.files("weights"), group=group)
+        restore_weights(engine, reader, wanted, group=group)
     chosen = tuple(module for module in own if module in wanted)
     suffix = ""
     if fresh := [module for module in own if module not in chosen]:
@@ -349,7 +405,7 @@ def load_weights(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[CheckpointReader]:
+def _opened(path: Path, *, moved: Callable[[int], None]) -> Iterator[CheckpointReader]:
     """The checkpoint, open on all ranks or on none; collective.
 
     Raises:
@@ -359,7 +415,7 @@ def _opened(path: Path) -> Iterator[CheckpointReader]:
     readers: list[CheckpointReader] = []
 
     def open_here() -> str:
-        readers.append(CheckpointReader(path))
+        readers.append(CheckpointReader(path, moved=moved))
         return readers[0].manifest.digest
 
     digests = on_every_rank(open_here)
@@ -380,7 +436,12 @@ def _named(path: Path) -> Path:
 
 
 def _verify(
-    reader: CheckpointReader, groups: Groups, problems: Iterator[str], files: list[str]
+    reader: CheckpointReader,
+    groups: Groups,
+    problems: Iterator[str],
+    files: list[str],
+    *,
+    group: dist.ProcessGroup | None,
 ) -> None:
     """Raise on all ranks if any found a problem; each file is read by one rank."""
 
@@ -390,5 +451,5 @@ def _verify(
             raise CheckpointError(problem)
         return reader.damage(files[groups.rank :: len(groups.places)])
 
-    if damage := [sentence for found in on_every_rank(check) for sentence in found]:
+    if damage := [sentence for found in on_every_rank(check, group=group) for sentence in found]:
         raise DamagedCheckpointError("; ".join(damage))

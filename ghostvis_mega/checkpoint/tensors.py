@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ghostvis_mega.utils.files import HashingFile
+from ghostvis_mega.utils.files import HashingFile, unnoticed
 
 _DTYPES = {
     torch.float32: "F32",
@@ -28,6 +28,9 @@ _DTYPES = {
 }
 _PIECE_BYTES = 32 << 20
 _BUFFER_BYTES = 1 << 20
+_SYNC_BYTES = 256 << 20
+"""Brought to the disk at once. The system takes whole files into its memory within seconds; only
+what it has brought to the disk tells how far it is."""
 
 
 class FileImage:
@@ -55,19 +58,32 @@ class FileImage:
             at += num_bytes
 
 
-def write_buffer(path: Path, buffer_B: torch.Tensor) -> None:
-    """Write host memory to a new file and wait until it is on the disk."""
+def write_buffer(
+    path: Path, buffer_B: torch.Tensor, *, moved: Callable[[int], None] = unnoticed
+) -> None:
+    """Write host memory to a new file and wait until it is on the disk.
+
+    Args:
+        path: The file.
+        buffer_B: Its content, uint8.
+        moved: Told of bytes when they are on the disk.
+    """
     view = memoryview(buffer_B.numpy())
     with open(path, "xb", buffering=_BUFFER_BYTES) as file:
-        for at in range(0, len(view), _PIECE_BYTES):
-            file.write(view[at : at + _PIECE_BYTES])
-        file.flush()
-        os.fsync(file.fileno())
+        for begin in range(0, len(view), _SYNC_BYTES):
+            part = view[begin : begin + _SYNC_BYTES]
+            for at in range(0, len(part), _PIECE_BYTES):
+                file.write(part[at : at + _PIECE_BYTES])
+            file.flush()
+            os.fsync(file.fileno())
+            moved(len(part))
 
 
-def differs(path: Path, buffer_B: torch.Tensor) -> bool:
+def differs(
+    path: Path, buffer_B: torch.Tensor, *, moved: Callable[[int], None] = unnoticed
+) -> bool:
     """Whether a file holds other bytes than host memory; reads all of it. Some times as fast as a
-    digest, and as strict while the memory is there."""
+    digest, and as strict while the memory is there. `moved` is told of bytes that were compared."""
     wanted = buffer_B.numpy()
     piece = np.empty(_PIECE_BYTES, dtype=np.uint8)
     with open(path, "rb", buffering=0) as file:
@@ -76,6 +92,7 @@ def differs(path: Path, buffer_B: torch.Tensor) -> bool:
             got = piece[: len(expected)]
             if not _fill(file, memoryview(got)) or not _same_bytes(got, expected):
                 return True
+            moved(len(expected))
         return bool(file.read(1))
 
 

@@ -33,11 +33,23 @@ class RankState:
     """File of the innermost frame of the main thread."""
     last: LastCall | None
     groups: dict[str, GroupCalls]
+    save: str | None = None
+    """What the save is at that the main thread waits for; empty where that waits for other ranks,
+    None where the main thread waits for no save."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for other ranks."""
+        if self.save is not None:
+            return not self.save
+        return WAITS_FOR_OTHERS.search(self.top) is not None
 
     @property
     def line(self) -> str:
         """In one sentence."""
         text = f"rank {self.rank}: in {self.doing} for {self.silent_s:.0f} s"
+        if self.save is not None:
+            text += f", its save {self.save or 'waits for other ranks'}"
         if self.last is None:
             return f"{text}; no call to other ranks yet"
         number = f", call {self.last['number']}" if self.last["number"] else ""
@@ -48,7 +60,9 @@ class RankState:
         )
 
 
-def own_state(rank: int, *, doing: str, silent_s: float, calls: CallWatch | None) -> RankState:
+def own_state(
+    rank: int, *, doing: str, silent_s: float, calls: CallWatch | None, save: str | None = None
+) -> RankState:
     """Where this process is; may be asked by any of its threads."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = traceback.extract_stack(frame) if frame is not None else []
@@ -59,6 +73,7 @@ def own_state(rank: int, *, doing: str, silent_s: float, calls: CallWatch | None
         top=stack[-1].filename if stack else "",
         last=None if calls is None else calls.last,
         groups={} if calls is None else calls.groups,
+        save=save,
     )
 
 
@@ -134,9 +149,9 @@ def find_guilty(states: Mapping[int, RankState], silent: list[int]) -> tuple[lis
     behind = sorted(rank for rank in awaited if not waits[rank])
     if behind:
         return behind, "did not come to a call that others wait in"
-    busy = sorted(rank for rank, state in states.items() if not WAITS_FOR_OTHERS.search(state.top))
+    busy = sorted(rank for rank, state in states.items() if not state.waits)
     if busy and len(busy) < len(states):
-        return busy, "computes or reads while the others wait in a call"
+        return busy, "computes, reads or writes while the others wait in a call"
     return sorted(states), "all wait for each other" if not busy else "are all at work"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ghostvis_mega.parallel.calls import CallWatch
 from ghostvis_mega.train.hang import gather, leave_state, own_state, present
+from ghostvis_mega.train.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,15 @@ class Watchdog:
         self.timeout_s, self.rank, self.world_size = timeout_s, rank, world_size
         self.folder, self.calls = folder, calls
         self._doing, self._since = "starting", time.monotonic()
+        self.progress = Progress(alive=self.alive)
+        """Of saves and restores; while it is shown and grows, this process is alive."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def alive(self, doing: str) -> None:
-        """Report progress and what comes next, such as `step 12`."""
-        self._doing, self._since = doing, time.monotonic()
+    def alive(self, doing: str | None = None) -> None:
+        """Report progress and what comes next, such as `step 12`; None: more of the same."""
+        self._doing, self._since = doing or self._doing, time.monotonic()
 
     def close(self) -> None:
         """Stop watching."""
@@ -77,7 +80,13 @@ class Watchdog:
             if self.folder is None:
                 faulthandler.dump_traceback(all_threads=True)
                 return
-            state = own_state(self.rank, doing=self._doing, silent_s=silent_s, calls=self.calls)
+            state = own_state(
+                self.rank,
+                doing=self._doing,
+                silent_s=silent_s,
+                calls=self.calls,
+                save=self.progress.awaited,
+            )
             leave_state(self.folder, state)
             report = gather(self.folder, self.rank, self.world_size, wait_s=GATHER_S)
             if report is not None:

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,17 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write(path, canonical_json(value))
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
+def unnoticed(num_bytes: int) -> None:
+    """For bytes of which nobody needs to be told."""
+
+
+def sha256_file(path: Path, *, moved: Callable[[int], None] = unnoticed) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces; `moved` is told of the size of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            moved(len(chunk))
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,10 +88,10 @@ def test_a_folder_that_is_taken_while_a_save_is_written(
     run, write = tmp_path / "run", saving.write_buffer
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(path: Path, content: torch.Tensor) -> None:
+    def slow(path: Path, content: torch.Tensor, **options: Any) -> None:
         begun.set()
         assert go_on.wait(10)
-        write(path, content)
+        write(path, content, **options)
 
     monkeypatch.setattr(saving, "write_buffer", slow)
     earlier = launch(run, "earlier")
@@ -111,7 +112,9 @@ def test_a_folder_that_is_taken_while_a_save_is_written(
     assert names(run) == ["step-00000003"]
 
 
-def test_a_file_that_is_gone_or_damaged(engine: FakeEngine, tmp_path: Path):
+def test_a_file_that_is_gone_or_damaged(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     run = tmp_path / "run"
     one = launch(run, "earlier")
     (run / LEASE_FILE).unlink()
@@ -120,6 +123,25 @@ def test_a_file_that_is_gone_or_damaged(engine: FakeEngine, tmp_path: Path):
     with pytest.raises(CheckpointError, match="launch.json cannot be read"):
         one.save(engine, step=2, extra={})
     assert names(run) == ["step-00000001"]
+    # In the background as well: a file server may answer so once.
+    for step in (3, 4):
+        one.begin(engine, step=step, extra={})
+    assert "step 3 could not be saved: " in caplog.text and "Training goes on" in caplog.text
+    (run / LEASE_FILE).unlink()
+    one.begin(engine, step=5, extra={})
+    one.wait()
+    assert names(run) == ["step-00000001", "step-00000005"]
+    (run / LEASE_FILE).write_text("{")
+    for step in (6, 7, 8):
+        one.begin(engine, step=step, extra={})
+    with pytest.raises(CheckpointError, match="3 saves in a row .*step 8 .*cannot be read"):
+        one.begin(engine, step=9, extra={})
+    one.close()
+    last = launch(run, "earlier")
+    (run / LEASE_FILE).write_text("{")
+    last.begin(engine, step=9, extra={})
+    with pytest.raises(CheckpointError, match="step 9 could not be saved: .*cannot be read"):
+        last.close()
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written: .*Make room or name another"):
         launch(tmp_path / "file" / "run", "later")

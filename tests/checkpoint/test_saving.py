@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,10 +88,10 @@ def test_training_goes_on_and_the_file_has_the_state_of_the_save(
 ):
     may_write, write = threading.Event(), saving.write_buffer
 
-    def later(path: Path, content: torch.Tensor) -> None:
+    def later(path: Path, content: torch.Tensor, **options: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
         assert may_write.wait(10)
-        write(path, content)
+        write(path, content, **options)
 
     monkeypatch.setattr(saving, "write_buffer", later)
     engine.value = 1.0
@@ -109,10 +110,10 @@ def test_a_second_save_waits_for_the_first(
     events: list[str] = []
     write = saving.write_buffer
 
-    def slow(path: Path, content: torch.Tensor) -> None:
+    def slow(path: Path, content: torch.Tensor, **options: Any) -> None:
         events.append(f"write {path.parent.name}")
         threading.Event().wait(0.1)
-        write(path, content)
+        write(path, content, **options)
         events.append(f"written {path.parent.name}")
 
     def snapshot(engine: FakeEngine, buffers: HostBuffers, *, step: int) -> Snapshot:
@@ -162,7 +163,7 @@ def test_the_third_failure_in_a_row_stops_and_what_is_there_stays(
 def test_the_last_save_of_a_run_must_succeed(
     engine: FakeEngine, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ):
-    def broken(path: Path, content: torch.Tensor) -> None:
+    def broken(path: Path, content: torch.Tensor, **options: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(saving, "write_buffer", broken)
@@ -229,14 +230,14 @@ def test_a_save_says_how_long_it_waited_for_digests(
 ):
     digest, compare, compared = saving._digest, saving.differs, threading.Event()
 
-    def late(content: torch.Tensor) -> tuple[str, float]:
+    def late(content: torch.Tensor, **options: Any) -> tuple[str, float]:
         if slow:
             assert compared.wait(10)
             time.sleep(0.2)
-        return digest(content)
+        return digest(content, **options)
 
-    def differs(path: Path, content: torch.Tensor) -> bool:
-        found = compare(path, content)
+    def differs(path: Path, content: torch.Tensor, **options: Any) -> bool:
+        found = compare(path, content, **options)
         compared.set()
         return found
 

@@ -1,5 +1,6 @@
 """A rank that stops answering or stays behind is named, with all stacks, soon enough."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,20 @@ def test_a_rank_that_stays_behind_is_named_through_those_that_wait(tmp_path: Pat
     assert "in reads_for_ever" in report
 
 
-def state(rank: int, *, top: str = "x/torch/distributed/c10d.py", **calls: int) -> RankState:
-    """Groups by their members, such as r01=3."""
+def state(
+    rank: int,
+    *,
+    top: str = "x/torch/distributed/c10d.py",
+    save: str | None = None,
+    **calls: int,
+) -> RankState:
+    """Groups by their members, such as r01=3; a main thread that awaits a save is in threading."""
+    top = top if save is None else threading.__file__
     groups = {
         name: GroupCalls(label=name, ranks=[int(digit) for digit in name[1:]], calls=count)
         for name, count in calls.items()
     }
-    return RankState(rank, doing="step 1", silent_s=9, top=top, last=None, groups=groups)
+    return RankState(rank, doing="step 1", silent_s=9, top=top, last=None, groups=groups, save=save)
 
 
 CASES = {
@@ -71,6 +79,9 @@ CASES = {
     "behind a chain": ([state(0, r02=4), state(1, r12=2), state(2, r02=3, r12=3)], [], [1]),
     "no call yet": ([state(0, r01=1), state(1)], [], [1]),
     "busy": ([state(0, r01=4), state(1, r01=4, top="feed.py")], [], [1]),
+    "in a save": ([state(0, save=""), state(1, save="writes x"), state(2, save="")], [], [1]),
+    "a save and a step": ([state(0, save=""), state(1, top="feed.py"), state(2)], [], [1]),
+    "all wait in a save": ([state(0, save=""), state(1, save="")], [], [0, 1]),
     "all wait": ([state(0, r01=4), state(1, r01=4)], [], [0, 1]),
 }
 
