@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from ghostvis_mega.cli.main import app
 from ghostvis_mega.convert.compare import damage
 from ghostvis_mega.convert.divergence import load_model
+from ghostvis_mega.convert.exporter import export_hf
 from ghostvis_mega.convert.hf_folder import HFFolder
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.convert.quantize import check_plain, quantize_hf
@@ -25,7 +28,7 @@ from ghostvis_mega.convert.schemes import (
 from ghostvis_mega.generate.weights import open_model
 from ghostvis_mega.utils.errors import CheckpointError
 from tests.convert.cases import IMAGE, build, different, save, tensors_of
-from tests.convert.test_stock_programs import PROMPTS, inputs_of
+from tests.convert.test_stock_programs import OPTIONS, PROMPTS, inputs_of
 
 NAMES = ("qwen2", "llava-siglip", "llava-siglip-tied", "perceiver-siglip")
 
@@ -42,9 +45,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Made()
 
 
-def load_compressed(path: Path, name: str):
+def load_compressed(path: Path, name: str, **options: Any):
     kind = AutoModelForCausalLM if name == "qwen2" else AutoModelForImageTextToText
-    model, info = kind.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    options = {"dtype": torch.float32, **options}
+    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not info[key], f"{key}: {info[key]}"
     return model.eval()
@@ -69,6 +73,52 @@ def test_transformers_computes_the_fake_quantised_numbers(
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
         # Neither the plain model nor one whose inputs stay as they are passes for it.
         assert (other - wanted).abs().max() > 1e-3
+
+
+def logits_of(model, width: int) -> torch.Tensor:
+    """Of all prompts, one after the other, in fp32."""
+    found = []
+    for tokens, ids in PROMPTS:
+        inputs = inputs_of(tokens, ids, width, "x-siglip")
+        if ids:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        with torch.no_grad():
+            found.append(model(**inputs).logits[0].float())
+    return torch.cat(found)
+
+
+def kl(one: torch.Tensor, other: torch.Tensor) -> float:
+    p, q = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_a_bf16_copy_of_our_own_format_loads_with_its_code(tmp_path: Path, scheme: str):
+    source = save(build("perceiver-siglip"), tmp_path / "source")
+    native = import_hf([source], tmp_path / "native", ImportOptions())
+    export = export_hf(native, tmp_path / "export", replace(OPTIONS, dtype="bf16"))
+    quantize_hf(export, tmp_path / "out", scheme=scheme)
+    plain, reference = load_model(export), load_model(export)
+    quantize_model_int8(reference, scheme=scheme)
+    before, wanted = logits_of(plain, 9), logits_of(reference, 9)
+    loaded = load_compressed(tmp_path / "out", "perceiver-siglip", trust_remote_code=True)
+    assert "transformers_modules" in type(loaded).__module__
+    torch.testing.assert_close(logits_of(loaded, 9), wanted, rtol=0, atol=1e-5)
+    assert (before - wanted).abs().max() > 1e-2
+    # As it is loaded and served: scales are rounded to BF16 as well, so it is no longer the
+    # reference, but as far from the model that it is made of.
+    loaded = load_compressed(
+        tmp_path / "out", "perceiver-siglip", dtype="auto", trust_remote_code=True
+    )
+    scales = {n: t for n, t in loaded.state_dict().items() if n.endswith("weight_scale")}
+    assert len(scales) == 3 * 7 and {t.dtype for t in scales.values()} == {torch.bfloat16}
+    printed, moved = kl(before, wanted), kl(before, logits_of(loaded, 9))
+    assert printed / 2 < moved < 2 * printed
+    # Neither BF16 alone nor one wrong matrix is so far.
+    assert kl(before, logits_of(plain.to(torch.bfloat16), 9)) < printed / 2
+    loaded.get_submodule("model.language_model.layers.1.mlp.down_proj").weight.mul_(1.5)
+    assert kl(before, logits_of(loaded, 9)) > 2 * printed
 
 
 @pytest.mark.filterwarnings("ignore")

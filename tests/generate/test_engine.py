@@ -1,6 +1,7 @@
 """Answers: those of stock transformers, one prefill for n of them, seeds, ends, kept pictures."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.engine import Completion, Engine
 from ghostvis_mega.generate.memory import OutOfMemory
@@ -210,8 +212,39 @@ def test_a_picture_is_encoded_once(made: Made):
     assert small.pictures.cache.statistics.hits == 2
     small.pictures([PICTURES[1]])
     assert small.pictures.cache.statistics.misses == 4
-    # Keys hold the preparation: another size is another picture.
-    assert engine.pictures.key(PICTURES[0]) != engine.pictures.key(PICTURES[1])
+
+
+def test_kept_pictures_are_told_apart_by_what_they_become(made: Made, tmp_path: Path):
+    siglip = made["llava-siglip"][0]
+    wide = import_hf([made["llava-siglip"][1]], tmp_path / "wide", ImportOptions(image_size=24))
+    engines = [
+        engine_of(siglip),
+        engine_of(wide),
+        engine_of(siglip, dtype=torch.bfloat16),
+        engine_of(made["llava-clip"][0]),
+    ]
+    keys = {engine.pictures.key(PICTURES[0]) for engine in engines}
+    keys.add(engines[0].pictures.key(PICTURES[1]))
+    assert len(keys) == 5
+    assert engine_of(siglip).pictures.key(PICTURES[0]) in keys
+
+
+@pytest.mark.parametrize("name", ["llava-siglip", "qwen2-tied"])
+def test_rows_of_padding_are_never_chosen(made: Made, tmp_path: Path, name: str):
+    """Their scores are 0: at a high temperature most draws would take one."""
+    plain = engine_of(made[name][1])
+    padded = import_hf([made[name][1]], tmp_path / "padded", ImportOptions(vocab_multiple=512))
+    engine = engine_of(padded)
+    assert engine.model.llm.vocab_size == 512 and plain.model.llm.vocab_size == 157
+    asked = [{"temperature": 3.0, "seed": 5, "n": 3, "max_tokens": 12}, {"max_tokens": 12}]
+    for settings in asked:
+        (wanted,), (found,) = (answers(e, prompts=[0], **settings) for e in (plain, engine))
+        assert [own.tokens for own in found] == [own.tokens for own in wanted]
+        # Nor have they a share of the probability.
+        for own, other in zip(found, wanted, strict=True):
+            assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    with pytest.raises(SamplingError, match="token 157, the model has 157"):
+        engine.generate([request(([157], ()))])
 
 
 def wanted_probabilities(scores: torch.Tensor, sampling: Sampling, seen: list[int]) -> torch.Tensor:
