@@ -83,7 +83,8 @@ SCHEMES = {
 
 
 def patterns(skip_modules: Sequence[str]) -> tuple[str, ...]:
-    """Names to leave alone as compressed-tensors writes them: `re:...`; shell patterns become such.
+    """Names to leave alone as compressed-tensors writes them: `re:...`; shell patterns become such,
+    each for modules of that name and what is inside of them.
 
     Raises:
         CheckpointError: A pattern is no regular expression.
@@ -93,7 +94,8 @@ def patterns(skip_modules: Sequence[str]) -> tuple[str, ...]:
         text = pattern.removeprefix("re:")
         if not pattern.startswith("re:"):
             text = fnmatch.translate(pattern).removeprefix("(?s:").removesuffix(r")\z")
-            text = text.removesuffix(r")\Z")
+            # Readers match beginnings: without an end `*layers.1` would be `layers.10` as well.
+            text = text.removesuffix(r")\Z") + r"(\..*)?$"
         try:
             re.compile(text)
         except re.error as error:

@@ -170,6 +170,8 @@ def test_the_streamed_rows_are_those_of_the_whole_matrix(sources, tmp_path: Path
 
 
 def test_skipped_modules_stay_and_are_written_down(sources, tmp_path: Path):
+    from compressed_tensors.utils.match import match_name
+
     source = sources["llava-siglip"]
     skip = (*DEFAULT_SKIP, "*layers.0.*", "*down_proj")
     done = quantize_hf(source, tmp_path / "out", scheme="int8", skip_modules=skip)
@@ -183,8 +185,15 @@ def test_skipped_modules_stay_and_are_written_down(sources, tmp_path: Path):
         ("*down_proj", "model.language_model.layers.1.mlp.up_proj", False),
         ("re:.*lm_head", "lm_head", True),
         ("lm_head", "language_model.lm_head", False),
+        ("*layers.1", "model.layers.1.mlp.up_proj", True),
+        ("*layers.1", "model.layers.11.mlp.up_proj", False),
+        ("*layers.?", "model.layers.12.mlp.up_proj", False),
+        ("*.up", "model.layers.1.mlp.up_proj", False),
+        ("re:.*layers.1", "model.layers.11.mlp.up_proj", True),
     ):
         assert is_skipped(module, patterns([pattern])) is inside
+        (written,) = patterns([pattern])
+        assert match_name(module, written) is inside
     everything = quantize_hf(source, tmp_path / "all", scheme="int8", skip_modules=())
     names = {layer.name for layer in everything.layers}
     assert any("lm_head" in n for n in names) and any("vision_tower" in n for n in names)
