@@ -216,14 +216,14 @@ def quantize(
     setup_logging(rank=0)
     if data is not None and not samples:
         raise typer.BadParameter("--data is for the KL, which --samples 0 leaves out")
-    from ghostvis_mega.convert.divergence import check_data, divergence
+    from ghostvis_mega.convert.divergence import check_inputs, divergence
     from ghostvis_mega.convert.quantize import quantize_hf
     from ghostvis_mega.convert.schemes import DEFAULT_SKIP
 
     chosen = tuple(skip or DEFAULT_SKIP)
     try:
-        if data is not None:
-            check_data(source, data)
+        if samples:
+            check_inputs(source, data)
         done = quantize_hf(source, out, scheme=scheme, skip_modules=chosen, force=force)
         moved = None
         if samples:

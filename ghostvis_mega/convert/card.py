@@ -7,14 +7,7 @@ from ghostvis_mega.convert.hf_config import Format
 from ghostvis_mega.convert.mapping import Parts
 
 
-def card(
-    parts: Parts,
-    form: Format,
-    about: Mapping[str, Any],
-    *,
-    dtype: str,
-    quantised: Mapping[str, Any] | None,
-) -> str:
+def card(parts: Parts, form: Format, about: Mapping[str, Any], *, dtype: str) -> str:
     """README.md of an export.
 
     Args:
@@ -22,14 +15,13 @@ def card(
         form: Of the export.
         about: From `exporter.about_training`.
         dtype: Of the weights.
-        quantised: `quantization_config` of config.json, where the weights are quantised.
     """
     lines = ["---", "library_name: transformers"]
     if form in ("llava", "ghostvis"):
         lines.append("pipeline_tag: image-text-to-text")
     elif form == "text":
         lines.append("pipeline_tag: text-generation")
-    lines += ["---", "", "# GhostVis model", "", *_table(parts, dtype, quantised), ""]
+    lines += ["---", "", "# GhostVis model", "", *_table(parts, dtype), ""]
     lines += ["## Training", "", *_training(about), ""]
     lines += ["## Use", "", *_use(form), ""]
     lines += [
@@ -39,7 +31,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def _table(parts: Parts, dtype: str, quantised: Mapping[str, Any] | None) -> list[str]:
+def _table(parts: Parts, dtype: str) -> list[str]:
     rows = []
     if (llm := parts.llm) is not None:
         rows.append(
@@ -61,8 +53,7 @@ def _table(parts: Parts, dtype: str, quantised: Mapping[str, Any] | None) -> lis
         )
     if (connector := parts.connector) is not None:
         rows.append(("connector", f"{connector.kind}, {parts.tokens_per_image} tokens an image"))
-    weights = dtype if quantised is None else f"{dtype}, linear layers {quantised['format']}"
-    rows.append(("weights", weights))
+    rows.append(("weights", dtype))
     return ["| part | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
 
 

@@ -78,19 +78,24 @@ def divergence(
     return Divergence(positions, kl / positions, same / positions)
 
 
-def check_data(folder: Path, data: Path) -> None:
-    """Raise where a dataset cannot be read by a model.
+def check_inputs(folder: Path, data: Path | None) -> None:
+    """Raise where `divergence` has nothing to compare.
 
     Raises:
-        CheckpointError: Its tokenizer has more tokens than the model.
-        DataError: It is missing, damaged or empty.
+        CheckpointError: The model predicts no tokens, or fewer than the dataset's tokenizer has.
+        DataError: The dataset is missing, damaged or empty.
     """
     llm = parts_from_config(read_json(folder / CONFIG), folder).llm
+    if llm is None:
+        raise CheckpointError(
+            f"{folder} holds no language model, so there are no predictions whose KL could be "
+            "measured: give --samples 0, and no --data"
+        )
+    if data is None:
+        return
     dataset = Dataset.open(data)
     if not dataset.num_samples:
         raise DataError(f"{data} holds no samples")
-    if llm is None:
-        raise CheckpointError(f"{folder} holds no language model: leave --data out, --samples 0")
     if dataset.tokenizer.vocab_size > llm.vocab_size:
         raise CheckpointError(
             f"{data} has {dataset.tokenizer.vocab_size} tokens and {folder} {llm.vocab_size}: it "

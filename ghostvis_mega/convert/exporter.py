@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from ghostvis_mega.checkpoint.manifest import Manifest
+from ghostvis_mega.config.schema import LLMConfig
 from ghostvis_mega.convert.assets import Assets, Found, check_chat, find_assets, write_assets
 from ghostvis_mega.convert.block_reader import Piece
 from ghostvis_mega.convert.card import card
@@ -126,12 +127,7 @@ def plan_export(
     found = check_chat(find_assets(options.assets), form)
     vocab = 0
     if parts.llm is not None:
-        vocab = options.vocab_size or parts.llm.vocab_tokens
-        if not found.vocab_size <= vocab <= parts.llm.vocab_size:
-            raise CheckpointError(
-                f"--vocab-size {vocab} is not between the tokenizer's {found.vocab_size} ids and "
-                f"the model's {parts.llm.vocab_size} rows"
-            )
+        vocab = _rows(parts.llm, found, options.vocab_size)
     if form in ("llava", "ghostvis"):
         image = found.tokens.get("image")
         if image is None:
@@ -159,6 +155,28 @@ def plan_export(
         found=found,
         vocab=vocab,
     )
+
+
+def _rows(llm: LLMConfig, found: Found, asked: int | None) -> int:
+    """How many rows of the vocabulary are written."""
+    ids, whole, used = found.vocab_size, llm.vocab_size, llm.vocab_tokens
+    name = "the tokenizer" if found.tokenizer is None else f"tokenizer {found.tokenizer.path}"
+    if ids > whole:
+        raise CheckpointError(
+            f"{name} has {ids} ids, the model only {whole}: it is another model's"
+        )
+    if not asked and ids > used:
+        raise CheckpointError(
+            f"{name} has {ids} ids, the model {used} and {whole - used} rows of padding: it is "
+            f"another model's, or give --vocab-size {ids}"
+        )
+    rows = asked or used
+    if not ids <= rows <= whole:
+        raise CheckpointError(
+            f"--vocab-size {rows} is not between the tokenizer's {ids} ids and the model's {whole} "
+            "rows"
+        )
+    return rows
 
 
 def export_hf(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
@@ -293,9 +311,8 @@ def finish_export(
     if plan.form == "ghostvis":
         for name, text in code_files().items():
             (folder / name).write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(
-        card(plan.parts, plan.form, about, dtype=plan.dtype, quantised=None), encoding="utf-8"
-    )
+    text = card(plan.parts, plan.form, about, dtype=plan.dtype)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     write_export_file(
         folder, written, {"format": plan.form, "mapping": VERSION, "checkpoint": about}
     )

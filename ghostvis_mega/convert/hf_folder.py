@@ -38,7 +38,7 @@ class HFFolder(Source):
 
     Args:
         path: Of the directory.
-        once: All of it is read, and by nobody else: nothing goes through the page cache.
+        once: All of it is read: in blocks ahead of their use.
 
     Raises:
         CheckpointError: A file is missing or broken, or a tensor is in two of them; names it.

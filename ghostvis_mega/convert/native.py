@@ -33,8 +33,8 @@ class NativeWeights(Closing):
 
     Args:
         path: Of the checkpoint.
-        once: All of it is read, and by nobody else: files that have a CRC-32 do not go through the
-            page cache, and `damage` knows what was read already.
+        once: All of it is read: files that have a CRC-32 in blocks ahead of their use, of which
+            `damage` knows those that were read already.
 
     Raises:
         CheckpointError: It is no sound checkpoint.

@@ -251,6 +251,16 @@ def test_data_that_cannot_be_read_is_told_before_anything_is_written(
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tower_has_no_predictions_to_measure(sources, tmp_path: Path):
+    source, out = save(build("siglip"), tmp_path / "tower"), tmp_path / "out"
+    command = ["convert", "quantize", str(source), "--out", str(out), "--skip", "*fc1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "give --samples 0" in result.output
+    assert not out.exists()
+    assert CliRunner().invoke(app, [*command, "--samples", "0"]).exit_code == 0
+    assert damage(out) == []
+
+
 def test_a_quantised_copy_is_refused_where_floating_point_is_read(sources, tmp_path: Path):
     out = tmp_path / "out"
     quantize_hf(sources["qwen2"], out, scheme="int8")

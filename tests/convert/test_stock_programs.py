@@ -268,8 +268,10 @@ def test_the_tokenizer_loads_and_stops_where_training_does(
     exports, tmp_path: Path, tokenizer: Path
 ):
     native, _ = exports["llava-siglip"]
-    with pytest.raises(CheckpointError, match="is not between the tokenizer's"):
-        export_hf(native, tmp_path / "out", ExportOptions(assets=Assets(tokenizer=tokenizer)))
+    own = Assets(tokenizer=tokenizer)
+    told = f"{tokenizer} has 300 ids, the model only 157: it is another model's"
+    with pytest.raises(CheckpointError, match=told):
+        export_hf(native, tmp_path / "out", ExportOptions(assets=own))
     options = ExportOptions(assets=Assets(tokenizer=tokenizer), vocab_size=512)
     qwen = save(build("qwen2"), tmp_path / "qwen")
     wide = import_hf([qwen], tmp_path / "qwen-native", ImportOptions(vocab_multiple=512))
@@ -277,6 +279,13 @@ def test_the_tokenizer_loads_and_stops_where_training_does(
         export_hf(wide, tmp_path / "out", options)
     source = save(build("llama"), tmp_path / "source")
     wide = import_hf([source], tmp_path / "native", ImportOptions(vocab_multiple=512))
+    for rows, told in (
+        (None, "300 ids, the model 157 and 355 rows of padding: .* or give --vocab-size 300"),
+        (200, "--vocab-size 200 is not between the tokenizer's 300 ids and the model's 512 rows"),
+        (513, "--vocab-size 513 is not between"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            export_hf(wide, tmp_path / "out", ExportOptions(assets=own, vocab_size=rows))
     out = export_hf(wide, tmp_path / "out", options)
     loaded = AutoTokenizer.from_pretrained(out)
     text = "What is a red  circle?\n 42 \u00e9\U0001f642"
