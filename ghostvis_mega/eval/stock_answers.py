@@ -16,6 +16,7 @@ from ghostvis_mega.convert.remote.configuration_ghostvis import GhostVisConfig
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.generate.engine import Completion, Engine, Request
 from ghostvis_mega.generate.load import load_model as load_weights
+from ghostvis_mega.generate.pictures import picture_bytes
 from ghostvis_mega.generate.sampling import Sampling
 from ghostvis_mega.generate.text import ModelText, open_text
 from ghostvis_mega.utils.errors import CheckpointError
@@ -140,7 +141,7 @@ class _Stock:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        picture = Image.open(io.BytesIO(item.request.images[0]))
+        picture = Image.open(io.BytesIO(picture_bytes(item.request.images[0])))
         inputs = self.processor(text=text, images=[picture], return_tensors="pt")
         self._check_prompt(item, inputs["input_ids"][0].tolist())
         length = inputs["input_ids"].shape[1]

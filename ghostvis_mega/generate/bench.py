@@ -28,7 +28,7 @@ from ghostvis_mega.data.images import load_image
 from ghostvis_mega.generate.engine import Engine, Request
 from ghostvis_mega.generate.kernels import Kernels, TorchKernels
 from ghostvis_mega.generate.load import load_model
-from ghostvis_mega.generate.pictures import EmbeddingCache
+from ghostvis_mega.generate.pictures import EmbeddingCache, picture_bytes
 from ghostvis_mega.generate.sampling import Sampling
 from ghostvis_mega.utils.figures import Figure, at_least
 
@@ -151,7 +151,7 @@ class Stock:
         ]
         inputs = {"input_ids": torch.tensor(ids, device=self.plan.device)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        pixels = [self._pixels(data) for r in requests for data in r.images]
+        pixels = [self._pixels(picture_bytes(p)) for r in requests for p in r.images]
         if pixels:
             inputs["pixel_values"] = torch.stack(pixels).to(self.plan.device, self.plan.dtype)
         out = self._stock.generate(

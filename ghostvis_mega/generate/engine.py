@@ -14,7 +14,7 @@ from ghostvis_mega.config.schema import ModelConfig
 from ghostvis_mega.generate.decoder import Decoder
 from ghostvis_mega.generate.kernels import Kernels
 from ghostvis_mega.generate.memory import memory_told
-from ghostvis_mega.generate.pictures import PictureEncoder
+from ghostvis_mega.generate.pictures import Picture, PictureEncoder
 from ghostvis_mega.generate.rows import GPU_WINDOW, Rows
 from ghostvis_mega.generate.sampling import Modes, Sampling, SamplingError
 
@@ -54,8 +54,8 @@ class Request:
 
     tokens: tuple[int, ...]
     """One image token for each picture."""
-    images: tuple[bytes, ...] = ()
-    """Encoded pictures, in the order of their tokens."""
+    images: tuple[Picture, ...] = ()
+    """In the order of their tokens; files are read when the prompt's turn comes."""
     sampling: Sampling = Sampling()
 
 
@@ -206,7 +206,7 @@ class Engine:
 
         Raises:
             SamplingError: A request that the model cannot be asked; says which and why.
-            ImageError: A picture that cannot be read.
+            DataError: A picture that cannot be read.
             OutOfMemory: So many rows of such length do not fit.
         """
         for number, request in enumerate(requests):

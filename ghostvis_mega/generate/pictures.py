@@ -4,13 +4,35 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ghostvis_mega.data.encode import MAX_IMAGE_BYTES
 from ghostvis_mega.data.images import load_image
 from ghostvis_mega.model.vision import VisionEncoder
+from ghostvis_mega.utils.errors import DataError
+from ghostvis_mega.utils.files import read_small
 
 DEFAULT_CACHE_BYTES = 1 << 30
+
+Picture = bytes | Path
+"""Encoded, or its file, which is read when it is needed: a file of prompts may name more pictures
+than memory holds."""
+
+
+def picture_bytes(picture: Picture) -> bytes:
+    """An encoded picture.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    try:
+        return read_small(picture, limit=MAX_IMAGE_BYTES)
+    except OSError as error:
+        raise DataError(f"image {picture} cannot be read: {error.strerror}") from error
 
 
 @dataclass
@@ -88,16 +110,18 @@ class PictureEncoder:
         return f"{self._settings} {hashlib.sha256(data).hexdigest()}"
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[bytes]) -> list[torch.Tensor]:
+    def __call__(self, pictures: Sequence[Picture]) -> list[torch.Tensor]:
         """Embeddings [tokens_per_image, H] of each picture; equal ones are encoded once.
 
         Raises:
-            ImageError: One is no picture that can be read.
+            DataError: One is no picture that can be read, or its file cannot.
         """
-        keys = [self.key(data) for data in pictures]
+        keys: list[str] = []
         found: dict[str, torch.Tensor] = {}
         missing: dict[str, bytes] = {}
-        for key, data in zip(keys, pictures, strict=True):
+        for picture in pictures:
+            data = picture_bytes(picture)
+            keys.append(key := self.key(data))
             if key in found or key in missing:
                 self.cache.statistics.hits += 1
                 continue

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ghostvis_mega.config.schema import ModelConfig
-from ghostvis_mega.data.encode import MAX_IMAGE_BYTES
 from ghostvis_mega.data.pixels import probe
 from ghostvis_mega.data.template import ImagePart, Turn
 from ghostvis_mega.generate.engine import Completion, Request, request_problem
+from ghostvis_mega.generate.pictures import picture_bytes
 from ghostvis_mega.generate.sampling import Sampling, SamplingError
 from ghostvis_mega.generate.text import ModelText, parse_json_line, split_prompt
 from ghostvis_mega.utils.errors import DataError
@@ -150,7 +150,7 @@ def _turns(messages: Any, *, where: str) -> tuple[Turn, ...]:
 def make_requests(
     prompts: Sequence[Prompt], text: ModelText, model: ModelConfig, *, raw: bool
 ) -> list[Request]:
-    """Requests for a model of these settings.
+    """Requests for a model of these settings, with the files of their pictures.
 
     Args:
         prompts: What is asked.
@@ -162,6 +162,7 @@ def make_requests(
         DataError: A picture is missing or broken, or a prompt does not fit; names it.
     """
     requests = []
+    checked: set[Path] = set()
     for prompt in prompts:
         if raw and len(prompt.turns) != 1:
             raise DataError(f"{prompt.where}: --raw takes text alone, no system and no messages")
@@ -175,10 +176,13 @@ def make_requests(
             tokens = text.plain(prompt.turns[0].parts) if raw else text.prompt(prompt.turns)
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from error
-        pictures = tuple(read_picture(path, prompt.where) for path in prompt.images)
-        request = Request(tuple(tokens), pictures, prompt.sampling)
+        for path in prompt.images:
+            if path not in checked:
+                read_picture(path, prompt.where)
+                checked.add(path)
+        request = Request(tuple(tokens), prompt.images, prompt.sampling)
         problem = request_problem(
-            request, model, image_token=text.image_token, vocab=model.llm.vocab_size
+            request, model, image_token=text.image_token, vocab=model.llm.vocab_tokens
         )
         if problem:
             raise DataError(f"{prompt.where}: {problem}")
@@ -193,9 +197,9 @@ def read_picture(path: Path, where: str) -> bytes:
         DataError: It is missing or broken; begins with `where`.
     """
     try:
-        data = read_small(path, limit=MAX_IMAGE_BYTES)
-    except OSError as error:
-        raise DataError(f"{where}: image {path} cannot be read: {error.strerror}") from error
+        data = picture_bytes(path)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     try:
         probe(data)
     except DataError as error:

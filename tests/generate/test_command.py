@@ -22,12 +22,15 @@ from ghostvis_mega.convert.exporter import ExportOptions, export_hf
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
 from ghostvis_mega.data.dataset import Dataset
 from ghostvis_mega.data.template import ImagePart, Turn
+from ghostvis_mega.generate import prompts as prompts_module
 from ghostvis_mega.generate.bench import PRESETS, Plan, make_model
-from ghostvis_mega.generate.load import preparation_note
-from ghostvis_mega.generate.prompts import read_prompts
+from ghostvis_mega.generate.engine import Engine
+from ghostvis_mega.generate.load import load_model, preparation_note
+from ghostvis_mega.generate.prompts import make_requests, read_prompts
 from ghostvis_mega.generate.sampling import Sampling
 from ghostvis_mega.generate.text import HuggingFaceText, TextStream, TrainingText, open_text
-from ghostvis_mega.generate.weights import open_model
+from ghostvis_mega.generate.weights import config_of, open_model
+from ghostvis_mega.utils.errors import DataError
 from tests.convert.cases import build, save
 from tests.generate.models import png
 
@@ -161,6 +164,38 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(model, pictures, tmp_path):
     first = found[0]["completions"][0]
     assert len(first["logprobs"]) == len(first["tokens"]) == first["num_tokens"]
     assert list(tmp_path.glob("deep/*")) == [out]
+
+
+def test_a_file_of_prompts_holds_no_pictures_in_memory(model, pictures, tmp_path, monkeypatch):
+    """They are checked, each once, and read again when their prompt's turn comes."""
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, picture in zip(files, pictures, strict=False):
+        shutil.copyfile(picture, path)
+    rows = [{"prompt": QUESTION, "images": [files[i].name]} for i in (0, 1, 0, 0)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = prompts_module.read_picture
+    checked: list[Path] = []
+    monkeypatch.setattr(
+        prompts_module,
+        "read_picture",
+        lambda path, where: (checked.append(path), read(path, where)),
+    )
+    found = list(read_prompts(tmp_path / "in.jsonl", system=None, sampling=Sampling(max_tokens=3)))
+    text = open_text(model[1], Assets())
+    requests = make_requests(found, text, config_of(model[1]), raw=False)
+    assert checked == files
+    whole = config_of(model[1])
+    llm = whole.llm.model_copy(update={"vocab_padding": whole.llm.vocab_size - 10})
+    with pytest.raises(DataError, match=r"line 1: the prompt holds token .*, the model has 10"):
+        make_requests(found, text, whole.model_copy(update={"llm": llm}), raw=False)
+    assert [request.images for request in requests] == [(files[i],) for i in (0, 1, 0, 0)]
+    loaded = load_model(model[1], device=torch.device("cpu"), dtype=torch.float32)
+    engine = Engine(loaded, image_token=text.image_token)
+    held = [dataclasses.replace(r, images=(r.images[0].read_bytes(),)) for r in requests]
+    assert engine.generate(requests) == engine.generate(held)
+    files[1].unlink()
+    with pytest.raises(DataError, match="image .*1.png cannot be read: No such file"):
+        engine.generate(requests)
 
 
 def test_streamed_text_is_the_answer(model, pictures):
