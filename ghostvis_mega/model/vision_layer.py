@@ -23,6 +23,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """By transformers' `hidden_act`."""
 
+_linear = torch.ops.aten.linear
+"""Not `F.linear`, in whose place DeepSpeed's stage 3 puts an autograd function of its own: compiled
+by PyTorch 2.11, that lost all gradients of the layers."""
+
 Linear = tuple[torch.Tensor, torch.Tensor]
 """Weight and bias."""
 
@@ -45,7 +49,7 @@ class Weights(NamedTuple):
 
 def before_attention(x_NPC: torch.Tensor, norm: Linear, qkv: Linear, *, eps: float) -> torch.Tensor:
     """Norm, and queries, keys and values in one product: [N, P, 3 * C]."""
-    return F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *qkv)
+    return _linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *qkv)
 
 
 def after_attention(
@@ -60,9 +64,9 @@ def after_attention(
     activation: str,
 ) -> torch.Tensor:
     """Output product, residual sum, norm, MLP, residual sum: [N, P, C]."""
-    x_NPC = x_NPC + F.linear(attended_NPC, *out)
-    hidden_NPF = F.linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *fc1)
-    return x_NPC + F.linear(_ACTIVATIONS[activation](hidden_NPF), *fc2)
+    x_NPC = x_NPC + _linear(attended_NPC, *out)
+    hidden_NPF = _linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *fc1)
+    return x_NPC + _linear(_ACTIVATIONS[activation](hidden_NPF), *fc2)
 
 
 class _JoinWeights(torch.autograd.Function):

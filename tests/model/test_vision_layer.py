@@ -216,6 +216,25 @@ def test_the_compiler_may_begin_while_gradients_are_there(monkeypatch: pytest.Mo
     assert all(found[name].any() for name in found if "fc1" in name)
 
 
+def test_what_deepspeed_puts_in_the_place_of_linear_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its stage 3, of an LLM's engine, changes PyTorch for all modules; in compiled layers its
+    function loses gradients."""
+    truth, fused = encoder("siglip"), FusedLayers(compiled=False)
+    weights, x_NPC = vision_layer.weights_of(truth.tower.encoder.layers[0]), torch.ones(2, 4, 48)
+
+    def replaced(*_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("not PyTorch's own")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", replaced)
+    with pytest.raises(AssertionError, match="own"):
+        torch.nn.Linear(2, 2)(torch.ones(2))
+    layer = truth.tower.encoder.layers[0]
+    assert fused(layer, x_NPC).shape == x_NPC.shape
+    assert vision_layer.before_attention(x_NPC, weights.norm1, weights.qkv, eps=1e-6).any()
+
+
 def test_what_does_not_compile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         raise RuntimeError("no such compiler")
