@@ -168,7 +168,7 @@ def _rows(llm: LLMConfig, found: Found, asked: int | None) -> int:
     if not asked and ids > used:
         raise CheckpointError(
             f"{name} has {ids} ids, the model {used} and {whole - used} rows of padding: it is "
-            f"another model's, or give --vocab-size {ids}"
+            f"another model's, or give `convert export --vocab-size {ids}`"
         )
     rows = asked or used
     if not ids <= rows <= whole:

@@ -280,7 +280,7 @@ def test_the_tokenizer_loads_and_stops_where_training_does(
     source = save(build("llama"), tmp_path / "source")
     wide = import_hf([source], tmp_path / "native", ImportOptions(vocab_multiple=512))
     for rows, told in (
-        (None, "300 ids, the model 157 and 355 rows of padding: .* or give --vocab-size 300"),
+        (None, "300 ids, the model 157 and 355 rows of padding: .* export --vocab-size 300`"),
         (200, "--vocab-size 200 is not between the tokenizer's 300 ids and the model's 512 rows"),
         (513, "--vocab-size 513 is not between"),
     ):
