@@ -54,7 +54,7 @@ def both(folder: Path, rank: int) -> dict[str, Any]:
             options["moved"](1)
         write(path, content_B, **options)
 
-    watchdog = Watchdog(timeout_s=TIMEOUT_S, rank=rank)
+    watchdog = Watchdog(timeout_s=60.0, rank=rank)
     checkpoints = CheckpointStore(folder / "run", keep=2, progress=watchdog.progress)
     results: dict[str, Any] = {"timeout_s": TIMEOUT_S}
     with mock.patch.object(store, "take_snapshot", snapshot):
@@ -66,6 +66,7 @@ def both(folder: Path, rank: int) -> dict[str, Any]:
             checkpoints.begin(None, step=2, extra={})
             checkpoints.wait()
         watchdog.alive("the last save")
+        watchdog.timeout_s = TIMEOUT_S
         began = time.monotonic()
         with mock.patch.object(saving, "write_buffer", slowly if rank == 1 else write):
             checkpoints.begin(None, step=3, extra={})
