@@ -57,11 +57,18 @@ def train(
         return Observers((*made.members, Sender(send))) if rank == 0 else made
 
     session.make_observers = observers
+    before = world.watchdog.progress._moved
     try:
         summary = Training(load_run_config(config, overrides), world, stop=stop).execute()
     finally:
         session.make_observers = honest
-    return {"status": summary["status"], "asked": stop.asked, "agreed": stop.agreed}
+    return {
+        "status": summary["status"],
+        "asked": stop.asked,
+        "agreed": stop.agreed,
+        # The watchdog of this process is told of what saves and restores move.
+        "moved": world.watchdog.progress._moved > before,
+    }
 
 
 def left(output: Path) -> dict[str, Any]:

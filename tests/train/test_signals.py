@@ -80,7 +80,7 @@ def test_no_step_is_lost_or_repeated(runs: dict[str, Any], case: str) -> None:
 
 def test_a_run_that_nobody_stops_goes_to_its_end(runs: dict[str, Any]) -> None:
     [run] = runs["nobody"]
-    assert run["ranks"] == [{"status": "finished", "asked": 0, "agreed": 0}] * 2
+    assert run["ranks"] == [{"status": "finished", "asked": 0, "agreed": 0, "moved": True}] * 2
     assert len(run["losses"]) == 4
 
 
