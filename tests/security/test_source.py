@@ -25,6 +25,7 @@ UNSAFE_METHODS = {"extractall": "writes where the archive says", "extract": "as 
 UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
 OWN_CODE = {
     "tests/convert/demo_answers.py",
+    "tests/convert/test_quantize.py",
     "tests/convert/test_stock_programs.py",
     "tests/generate/test_engine.py",
 }
