@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -69,14 +70,25 @@ def write_buffer(
         moved: Told of bytes when they are on the disk.
     """
     view = memoryview(buffer_B.numpy())
-    with open(path, "xb", buffering=_BUFFER_BYTES) as file:
+    with (
+        open(path, "xb", buffering=_BUFFER_BYTES) as file,
+        ThreadPoolExecutor(1, thread_name_prefix="fsync") as pool,
+    ):
+        syncing: Future[None] | None = None
         for begin in range(0, len(view), _SYNC_BYTES):
             part = view[begin : begin + _SYNC_BYTES]
             for at in range(0, len(part), _PIECE_BYTES):
                 file.write(part[at : at + _PIECE_BYTES])
             file.flush()
-            os.fsync(file.fileno())
-            moved(len(part))
+            if syncing is not None:
+                syncing.result()
+                moved(_SYNC_BYTES)
+            if begin + len(part) < len(view):
+                # The next part goes to the system's memory meanwhile.
+                syncing = pool.submit(os.fsync, file.fileno())
+            else:
+                os.fsync(file.fileno())
+                moved(len(part))
 
 
 def differs(

@@ -176,7 +176,10 @@ def test_a_large_file_is_brought_to_the_disk_in_portions(
     monkeypatch.setattr(tensors, "_SYNC_BYTES", 100)
     monkeypatch.setattr(tensors, "_PIECE_BYTES", 32)
     write_buffer(tmp_path / "file", content, moved=moved.append)
-    assert (synced, moved) == ([100, 200, 250], [100, 100, 50])
+    assert moved == [100, 100, 50]
+    # The next portion is written meanwhile.
+    assert all(100 * (n + 1) <= size for n, size in enumerate(synced[:2]))
+    assert len(synced) == 3 and synced[2] == 250
     assert (tmp_path / "file").read_bytes() == bytes(range(250))
     moved.clear()
     assert not differs(tmp_path / "file", content, moved=moved.append)
