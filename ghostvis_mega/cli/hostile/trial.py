@@ -98,6 +98,8 @@ def _child(door: Door, path: Path, writable: Path, writer: int) -> None:
     outcome = Outcome()
     status = 1
     logging.disable(logging.CRITICAL)
+    # A module that is first needed here would be cached beside its source.
+    sys.dont_write_bytecode = True
     try:
         used = _memory("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM_BYTES, used + _ROOM_BYTES))
