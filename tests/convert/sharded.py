@@ -4,11 +4,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+)
 
 from ghostvis_mega.convert.importer import ImportOptions, import_hf
+from ghostvis_mega.convert.remote.configuration_ghostvis import GhostVisConfig
+from ghostvis_mega.convert.remote.modeling_ghostvis import GhostVisForConditionalGeneration
 from ghostvis_mega.perf.certify.problem import MODEL
-from tests.convert.cases import ATTENTION, IMAGE, TEXT, TOWER, randomise, save
+from tests.convert.cases import (
+    ATTENTION,
+    IMAGE,
+    PERCEIVER,
+    TEXT,
+    TIED,
+    TOWER,
+    llava_config,
+    randomise,
+    save,
+)
 
 VOCAB, PADDED = 157, 320
 """So much padding that the second of two tensor-parallel ranks has nothing else."""
@@ -75,6 +93,28 @@ def stock(kind: str) -> LlavaForConditionalGeneration:
         **ATTENTION,
     )
     return randomise(LlavaForConditionalGeneration(config))
+
+
+FORMS = {"text": "text", "llava-clip": "llava", "perceiver-siglip": "ghostvis"}
+"""Other models, by the form of their export: Qwen2 with the heads of the 1.5B, 12 on 2 and tied;
+CLIP as tower; a resampler."""
+
+
+def prepare_form(kind: str, folder: Path) -> Path:
+    """A model of `FORMS` with four layers, as a directory of transformers, and beside it the
+    imported checkpoint."""
+    if kind == "text":
+        model = Qwen2ForCausalLM(Qwen2Config(**TIED | {"num_hidden_layers": 4}, **ATTENTION))
+    elif kind == "llava-clip":
+        text = TEXT | {"num_hidden_layers": 4}
+        model = LlavaForConditionalGeneration(llava_config("clip", text))
+    else:
+        text = TEXT | {"num_hidden_layers": 4}
+        config = llava_config("siglip", text, GhostVisConfig, connector=PERCEIVER)
+        model = GhostVisForConditionalGeneration(config)
+    source = save(randomise(model), folder / f"{kind}-hf")
+    import_hf([source], folder / f"{kind}-native", ImportOptions(vocab_multiple=PADDED))
+    return source
 
 
 def prepare(kind: str, folder: Path) -> tuple[LlavaForConditionalGeneration, Path]:

@@ -4,6 +4,7 @@ Four gloo ranks go through all layouts in one launch; each test looks at one of 
 """
 
 import filecmp
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from ghostvis_mega.checkpoint.reader import CheckpointReader
 from ghostvis_mega.convert.exporter import export_hf
 from ghostvis_mega.convert.native import NativeWeights
 from tests.convert.cases import different, tensors_of
-from tests.convert.sharded import IMAGE, NEW_TOKENS, PADDED, PROMPTS, VOCAB, pictures, prepare
-from tests.convert.worker import CASES, OPTIONS
+from tests.convert.sharded import (
+    FORMS,
+    IMAGE,
+    NEW_TOKENS,
+    PADDED,
+    PROMPTS,
+    VOCAB,
+    pictures,
+    prepare,
+    prepare_form,
+)
+from tests.convert.worker import CASES, OPTIONS, SPLITS, form_options
 from tests.launch import launch
 
 pytestmark = pytest.mark.world_size(4)
@@ -30,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(folder: Path) -> dict[str, Any]:
-    return {kind: prepare(kind, folder) for kind in ("untied", "tied")}
+    return {kind: prepare(kind, folder) for kind in ("untied", "tied")} | {
+        kind: prepare_form(kind, folder) for kind in FORMS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +52,25 @@ def results(stock, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return launch(
         worker, ranks=1, timeout_s=250, folder=tmp_path_factory.mktemp("launch"), args=[str(folder)]
     )
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_models_of_every_form_export_the_same_bytes_from_every_layout(
+    results, stock, folder: Path, tmp_path: Path, kind: str
+):
+    options, first = form_options(kind), None
+    for split in SPLITS:
+        name = f"{kind}-{split}"
+        out = export_hf(Path(results[name]["saved"]), tmp_path / name, options)
+        assert json.loads((out / "ghostvis_export.json").read_text())["format"] == FORMS[kind]
+        assert different(tensors_of(stock[kind]), tensors_of(out)) == [], name
+        online = folder / f"{name}-online"
+        files = sorted(path.name for path in out.iterdir())
+        assert files == sorted(path.name for path in online.iterdir())
+        assert filecmp.cmpfiles(out, online, files, shallow=False) == (files, [], []), name
+        weights = (out / "model.safetensors").read_bytes()
+        first = first or weights
+        assert weights == first, name
 
 
 def kind_of(name: str) -> str:

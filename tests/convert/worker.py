@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ghostvis_mega.checkpoint.manifest import read_manifest
 from ghostvis_mega.checkpoint.store import CheckpointStore, load_weights
 from ghostvis_mega.convert.assets import Assets
 from ghostvis_mega.convert.exporter import ExportOptions
+from ghostvis_mega.convert.hf_config import model_of_parts
+from ghostvis_mega.convert.native import parts_of_layout
 from ghostvis_mega.convert.online import export_online
 from ghostvis_mega.convert.tensor_file import TensorFileWriter
 from ghostvis_mega.engine.decode import GreedyDecoder, Prompt
@@ -24,10 +27,11 @@ from ghostvis_mega.parallel.groups import build_groups, destroy_groups
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.perf.certify import problem
 from ghostvis_mega.utils.errors import CheckpointError
-from tests.convert.sharded import IMAGE, MODELS, NEW_TOKENS, PROMPTS, pictures
+from tests.convert.sharded import FORMS, IMAGE, MODELS, NEW_TOKENS, PROMPTS, pictures
 from tests.launch import fork_ranks, write_result
 
 WORLD = 4
+TEXT_OPTIONS = ExportOptions(assets=Assets(tokens={"eos": 2, "pad": 0}))
 OPTIONS = ExportOptions(assets=Assets(tokens={"image": IMAGE, "eos": 2, "pad": 0}))
 
 
@@ -60,6 +64,42 @@ CASES = [
     Case("tied-dp4", "tied"),
     Case("tied-tp2-pp2", "tied", sections={"parallel": {"tensor": 2, "pipeline": 2}}),
 ]
+
+
+SPLITS = {
+    "dp4": {},
+    "tp2-dp2": {"tensor": 2},
+    "pp2-dp2": {"pipeline": 2},
+    "tp2-pp2-interleaved": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+}
+FORM_CASES = [
+    Case(f"{kind}-{name}", kind, sections={"parallel": split})
+    for kind in FORMS
+    for name, split in SPLITS.items()
+]
+
+
+def form_options(kind: str) -> ExportOptions:
+    """Of an export of this model: one of text has no picture's token."""
+    return TEXT_OPTIONS if kind == "text" else OPTIONS
+
+
+def measure_form(case: Case, folder: Path, own: Path) -> dict[str, Any]:
+    """Save and export a model of another form as it was imported."""
+    native = folder / f"{case.model}-native"
+    model = model_of_parts(parts_of_layout(read_manifest(native).layout, native))
+    assert model is not None
+    run = problem.make_run(own, model=model.model_dump(mode="json"), **case.sections)
+    engine = TrainEngine(
+        run, build_groups(Degrees.of(run, world_size=WORLD), seed=1), device=torch.device("cpu")
+    )
+    load_weights(native, engine)
+    saved = CheckpointStore(folder / case.name, keep=9).save(engine, step=0, extra={})
+    out, options = folder / f"{case.name}-online", form_options(case.model)
+    export_online(engine, out, options, step=0, sequences=0)
+    engine.close()
+    destroy_groups()
+    return {"saved": str(saved), "seconds": 0.0}
 
 
 def measure(case: Case, folder: Path, own: Path) -> dict[str, Any]:
@@ -154,8 +194,9 @@ def main() -> None:
     own.mkdir()
     results = {}
     chosen = sys.argv[2:]
-    for case in (case for case in CASES if not chosen or case.name in chosen):
-        results[case.name] = measure(case, folder, own)
+    for case in (c for c in (*CASES, *FORM_CASES) if not chosen or c.name in chosen):
+        take = measure if case.model in MODELS else measure_form
+        results[case.name] = take(case, folder, own)
         if rank == 0:
             print(json.dumps({case.name: results[case.name]["seconds"]}), flush=True)
     if rank == 0:
