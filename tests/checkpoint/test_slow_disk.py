@@ -29,8 +29,6 @@ from tests.checkpoint.test_saving import FakeEngine, snapshot_of
 from tests.checkpoint.tiny import NAME, write_tiny
 from tests.launch import ROOT
 
-pytestmark = pytest.mark.durability
-
 TIMEOUT_S = 1.2
 PIECES = 12
 PIECE_S = 0.2

@@ -27,14 +27,14 @@ from tests.launch import launch
 from tests.parity.chosen import KEPT, LAYOUTS, ROUNDED, ROUNDED_FAULTS, SKIPS
 
 # The first test waits for the launch, which has a limit of its own.
-pytestmark = [pytest.mark.world_size(4), pytest.mark.timeout(660)]
+pytestmark = [pytest.mark.world_size(4), pytest.mark.timeout(1560)]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Rows of JSON by kind and name."""
     worker = Path(__file__).with_name("worker.py")
-    return launch(worker, ranks=4, timeout_s=600, folder=tmp_path_factory.mktemp("parity"))
+    return launch(worker, ranks=4, timeout_s=1500, folder=tmp_path_factory.mktemp("parity"))
 
 
 def expected_modules(layout: Layout) -> set[str]:

@@ -9,8 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 from ghostvis_mega.checkpoint.lease import LEASE_FILE, Lease
 from tests.launch import ROOT
 from tests.slurm.test_scripts import JOB, fake
@@ -35,8 +33,6 @@ SCONTROL = """\
 case $2 in hostnames) echo n1 ;; show) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=7" ;;
 *) echo "scontrol $*" ;; esac
 """
-
-pytestmark = pytest.mark.durability
 
 
 def test_the_launch_that_loses_its_folder_ends_its_job(easy_vqa: Path, tmp_path: Path) -> None:
