@@ -138,19 +138,15 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         raw = read_small(file, limit=LARGEST_MANIFEST)
         document = json.loads(raw)
+        # Fails on NaN and half a surrogate pair, which are read and can never have been written.
+        canonical = canonical_json(document)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also UnicodeDecodeError
         raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
     if problem := _schema_problem(document, file):
         raise CheckpointError(problem)
-    try:
-        intact = document.get("digest") == document_digest(document)
-        intact = intact and raw == canonical_json(document)
-    except (ValueError, RecursionError) as error:
-        # NaN, half a surrogate pair: values that are read and can never have been written.
-        raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
-    if not intact:
+    if document.get("digest") != document_digest(document) or raw != canonical:
         raise CheckpointError(f"{file} is damaged: it does not match its own digest")
     try:
         manifest = Manifest.model_validate(document)

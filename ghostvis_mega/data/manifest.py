@@ -139,6 +139,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         raw = read_small(file)
         document = json.loads(raw)
+        # Fails on NaN and half a surrogate pair, which are read and can never have been written.
+        canonical = canonical_json(document)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also UnicodeDecodeError
@@ -147,15 +149,7 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     if problem := _schema_problem(document, file):
         raise DataError(problem)
-    try:
-        intact = document.get("digest") == document_digest(document)
-        intact = intact and raw == canonical_json(document)
-    except (ValueError, RecursionError) as error:
-        # NaN, half a surrogate pair: values that are read and can never have been written.
-        raise DataError(
-            f"{file} is not valid JSON ({error}): the file is damaged, ingest the data again"
-        ) from error
-    if not intact:
+    if document.get("digest") != document_digest(document) or raw != canonical:
         raise DataError(
             f"{file} does not match its own digest: it was edited or damaged, ingest the data again"
         )
