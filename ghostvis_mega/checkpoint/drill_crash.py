@@ -142,11 +142,8 @@ class CrashDrill:
                     while not shared[0] and time.monotonic() < end:
                         time.sleep(0.001)
                     time.sleep(draw.uniform(0.0, 0.03))
-                    if trial % 2:  # all at once, as a node that dies
-                        for pid in forked.pids:
-                            os.kill(pid, signal.SIGKILL)
-                    else:
-                        forked.kill([draw.randrange(self.ranks)])
+                    # Every other time all at once, as a node that dies.
+                    forked.kill(None if trial % 2 else [draw.randrange(self.ranks)])
                 done, begun = shared[1], shared[0]
                 if not begun:
                     findings.problems.append(f"trial {trial} did not begin\n{forked.output(0)}")

@@ -76,12 +76,14 @@ class ForkedRanks:
             os._exit(code)
 
     def kill(self, ranks: Sequence[int] | None = None) -> None:
-        """SIGKILL these ranks (all by default) and wait for them."""
-        for rank in range(len(self.pids)) if ranks is None else ranks:
-            if rank not in self.ended:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.pids[rank], signal.SIGKILL)
-                self.ended[rank] = os.waitstatus_to_exitcode(os.waitpid(self.pids[rank], 0)[1])
+        """SIGKILL these ranks (all by default) at once, and wait for them."""
+        chosen = range(len(self.pids)) if ranks is None else ranks
+        running = [rank for rank in chosen if rank not in self.ended]
+        for rank in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pids[rank], signal.SIGKILL)
+        for rank in running:
+            self.ended[rank] = os.waitstatus_to_exitcode(os.waitpid(self.pids[rank], 0)[1])
 
     def poll(self) -> bool:
         """Whether all ranks have ended; `ended` has their exit codes."""
