@@ -9,6 +9,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     On a GPU it goes by pinned memory: out of pageable memory the copy would wait for all that the
     GPU has been given.
     """
+    if device.type != "cuda":
+        return x
     # Pinning keeps strides, and refuses a tensor that shows some of its memory twice.
-    x = x.contiguous() if device.type == "cuda" else x
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
