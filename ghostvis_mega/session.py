@@ -3,9 +3,11 @@
 import contextlib
 import datetime
 import logging
+import math
 import os
 import random
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -80,6 +82,8 @@ def open_world(run: RunConfig, *, device: torch.device) -> Iterator[World]:
     # DeepSpeed takes its place from the environment, which no launcher has set for plain `python`.
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cuda":
+        if run.train.ranks_per_gpu > 1:
+            os.environ |= sharing_environment(device, rank=rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -137,7 +141,28 @@ def local_device(run: RunConfig) -> torch.device:
         )  # fmt: skip
     if not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    found, share = torch.cuda.device_count(), run.train.ranks_per_gpu
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= found * share:
+        raise ConfigError(
+            [f"LOCAL_RANK={local}: {found} GPUs are visible, for {found * share} ranks of this "
+             f"machine with train.ranks_per_gpu={share}. Start fewer ranks, check "
+             f"CUDA_VISIBLE_DEVICES, or let ranks share: train.ranks_per_gpu={local // found + 1}."]
+        )  # fmt: skip
+    return torch.device("cuda", local // share)
+
+
+def sharing_environment(device: torch.device, *, rank: int) -> dict[str, str]:
+    """Variables of a rank that shares its GPU with others.
+
+    NCCL refuses two ranks of one machine on one GPU. Told that they are of different machines
+    (NCCL_HOSTID), it connects them through the network interface, the loopback if there is none
+    else. DeepSpeed takes LOCAL_RANK for the number of the GPU.
+    """
+    return {
+        "NCCL_HOSTID": f"{socket.gethostname()}-rank{rank}",
+        "LOCAL_RANK": str(device.index),
+    }
 
 
 @dataclass
@@ -313,7 +338,7 @@ class Training:
             "trained_parameters": sum(parameters[module] for module in run.trained_modules),
             "layout": f"{degrees.describe()}, {zero}",
             "device": name,
-            "num_devices": degrees.world_size,
+            "num_devices": math.ceil(degrees.world_size / run.train.ranks_per_gpu),
             "peak_flops": peak.bf16 if peak is not None else None,
             "precision": run.train.precision,
             "settings": run.model_dump(mode="json"),

@@ -27,11 +27,12 @@ FOLDER_BYTES = 4096
 CERTIFY_HELP = """Compare layouts with one plain process: gradients, loss, weights after some steps.
 
 \b
-Examples (--layouts cpu: two cores and some minutes; gpu: two or four GPUs, BF16; the last three
-certify a run of your own):
+Examples (--layouts cpu: two cores and some minutes; gpu: two or four GPUs, or one that ranks share,
+BF16; the last three certify a run of your own):
   python -m ghostvis_mega certify --layouts cpu --faults
   python -m ghostvis_mega certify --layouts cpu --only "PP2.*perceiver" --processes 4
   python -m ghostvis_mega certify --layouts gpu --faults --json > rows.json
+  python -m ghostvis_mega certify --layouts gpu --ranks-per-gpu 4
   python -m ghostvis_mega certify RUN.yaml --processes 2
   python -m ghostvis_mega certify RUN.yaml parallel.tensor=2 batch.global_size=8 --processes 4
   python -m ghostvis_mega certify RUN.yaml --layouts examples/certify/four_processes.yaml
@@ -65,6 +66,9 @@ def certify(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Most processes to start.", show_default=False)
     ] = None,
+    ranks_per_gpu: Annotated[
+        int, typer.Option(min=1, help="Ranks that share a GPU, where GPUs are few; slow.")
+    ] = 1,
     as_json: AsJson = False,
     output: Annotated[
         Path | None, typer.Option(help="Keep rows.json and table.md in this folder.")
@@ -80,13 +84,27 @@ def certify(
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     with tempfile.TemporaryDirectory(prefix="ghostvis-certify-") as folder:
         with refusing_settings():
-            wanted, most = _wanted(config, overrides, layouts, only, faults, steps, processes)
-            wanted = replace(wanted, folder=Path(folder))
+            _refuse_mixed(layouts, own=config is not None, faults=faults)
+            most = _processes(layouts, processes, share=ranks_per_gpu)
+            wanted = _wanted(config, overrides, layouts, only, faults, steps, most)
+            wanted = replace(wanted, folder=Path(folder), ranks_per_gpu=ranks_per_gpu)
             todo = _fitting(wanted, most)
             _make_output(output)
         done = _join(todo) if "WORLD_SIZE" in os.environ else _start(todo)
     if int(os.environ.get("RANK", "0")) == 0:
         _report([done.get(entry) or _not_run(entry) for entry in wanted.entries], as_json, output)
+
+
+def _refuse_mixed(layouts: str | None, *, own: bool, faults: bool) -> None:
+    """What cannot be asked for together."""
+    from ghostvis_mega.perf.certify.request import SETS
+
+    if own and layouts in SETS:
+        raise ConfigError([f"--layouts {layouts} has a model of its own: leave out RUN.yaml."])
+    if not own and layouts not in SETS:
+        raise ConfigError([f"--layouts {layouts} needs RUN.yaml. Or use --layouts cpu or gpu."])
+    if faults and layouts not in SETS:
+        raise ConfigError(["--faults are planted in layouts of --layouts cpu or gpu. Use one."])
 
 
 def _wanted(
@@ -96,33 +114,19 @@ def _wanted(
     only: str | None,
     faults: bool,
     steps: int,
-    processes: int | None,
-) -> "tuple[Request, int]":
-    """All that was asked for, and the processes there are."""
-    from ghostvis_mega.perf.certify.request import (
-        SETS,
-        Entry,
-        Request,
-        chosen,
-        entries_of,
-        own_entries,
-    )
+    most: int,
+) -> "Request":
+    """All that was asked for, on up to `most` processes."""
+    from ghostvis_mega.perf.certify.request import Entry, Request, chosen, entries_of, own_entries
 
     own = config is not None
-    if own and layouts in SETS:
-        raise ConfigError([f"--layouts {layouts} has a model of its own: leave out {config}."])
-    if not own and layouts not in SETS:
-        raise ConfigError([f"--layouts {layouts} needs RUN.yaml. Or use --layouts cpu or gpu."])
-    if faults and layouts not in SETS:
-        raise ConfigError(["--faults are planted in layouts of --layouts cpu or gpu. Use one."])
-    most = _processes(layouts, processes)
     if not own:
         entries = entries_of(str(layouts), faults=faults)
     elif layouts is None:
         entries = [Entry("the run as it is", most)]
     else:
         entries = own_entries(Path(layouts), ranks=most)
-    request = Request(
+    return Request(
         set="own" if own else str(layouts),
         entries=tuple(chosen(entries, only)),
         steps=steps,
@@ -130,13 +134,14 @@ def _wanted(
         config=config,
         overrides=tuple(overrides or ()),
     )
-    return request, most
 
 
-def _processes(layouts: str | None, processes: int | None) -> int:
-    """Processes that can be started, or that a launcher has started."""
+def _processes(layouts: str | None, processes: int | None, *, share: int) -> int:
+    """Processes that can be started, `share` on a GPU, or that a launcher has started."""
     from ghostvis_mega.utils.hardware import has_cuda_device
 
+    if share > 1 and (layouts == "cpu" or not has_cuda_device()):
+        raise ConfigError([f"--ranks-per-gpu {share}: no GPU to share. Leave it out."])
     if "WORLD_SIZE" in os.environ:
         return _joined_processes(layouts)
     if layouts == "cpu":
@@ -146,11 +151,16 @@ def _processes(layouts: str | None, processes: int | None) -> int:
         import torch
 
         gpus = torch.cuda.device_count()
-    if layouts == "gpu" and gpus < 2:
-        raise ConfigError([f"--layouts gpu needs 2 GPUs, and {gpus} are visible. Use cpu."])
-    if gpus and processes is not None and processes > gpus:
-        raise ConfigError([f"--processes {processes} are more than the {gpus} visible GPUs."])
-    return processes or gpus or 4
+    room = gpus * share
+    if layouts == "gpu" and room < 2:
+        way = "Let ranks share it: --ranks-per-gpu 4" if gpus else "Use cpu"
+        raise ConfigError([f"--layouts gpu needs 2 GPUs, and {gpus} are visible. {way}."])
+    if gpus and processes is not None and processes > room:
+        raise ConfigError(
+            [f"--processes {processes} are more than {share} on each of the {gpus} visible GPUs. "
+             "Start fewer, or let more ranks share a GPU: --ranks-per-gpu."]
+        )  # fmt: skip
+    return processes or room or 4
 
 
 def _joined_processes(layouts: str | None) -> int:

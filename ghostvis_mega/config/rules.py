@@ -233,6 +233,11 @@ def _device_problems(cfg: RunConfig, device: Device) -> Iterator[str]:
             "train.device=cuda, but no CUDA device is visible. Check nvidia-smi and "
             "CUDA_VISIBLE_DEVICES, or set train.device: auto."
         )
+    if cfg.train.ranks_per_gpu > 1 and device == "cpu":
+        yield (
+            f"train.ranks_per_gpu={cfg.train.ranks_per_gpu} lets ranks share a GPU, and this run "
+            "has none. Leave it out, or run on a GPU."
+        )
 
 
 def find_notes(cfg: RunConfig, *, world_size: int) -> list[str]:

@@ -265,6 +265,9 @@ class TrainConfig(Section):
     """FP8 in the LLM's linear layers, by Transformer Engine's recipe (Hopper GPUs); activations,
     weights and gradients outside of them stay BF16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    ranks_per_gpu: Positive = 1
+    """Ranks that share one GPU, NCCL taking each for a machine of its own: to try or to prove a
+    layout on fewer GPUs than it is for. Slow."""
     freeze: tuple[Module, ...] = ()
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing of the LLM: nothing, the MLP of each layer, or whole layers."""

@@ -236,6 +236,8 @@ def test_a_launch_that_cannot_start_is_not_tried_again(
     ("arguments", "words"),
     [
         (["--layouts", "gpu"], "needs 2 GPUs"),
+        (["--layouts", "gpu", "--ranks-per-gpu", "4"], "no GPU to share"),
+        (["--layouts", "cpu", "--ranks-per-gpu", "4"], "no GPU to share"),
         (["--layouts", "tpu"], "needs RUN.yaml"),
         ([], "needs RUN.yaml"),
         (["--layouts", "cpu", "--only", "no such layout"], "fits none of"),

@@ -18,12 +18,16 @@ from ghostvis_mega.perf.certify.request import SETS, Entry, Request
 
 
 def opening_run(request: Request) -> RunConfig:
-    """Settings to open the world with: those of any layout, but as patient as the most patient."""
+    """Settings to open the world with: those of any layout, but as patient as the most patient, and
+    with as many ranks on a GPU as the request says."""
     if request.config is not None:
         run = load_own(request, request.entries[0])
     else:
         run = run_of(SETS[request.set]()[0], request.folder)
-    train = run.train.model_copy(update={"timeout_s": patience_s(request)})
+    update = {"timeout_s": patience_s(request)}
+    if request.ranks_per_gpu > 1:
+        update["ranks_per_gpu"] = request.ranks_per_gpu
+    train = run.train.model_copy(update=update)
     return run.model_copy(update={"train": train, "parallel": ParallelConfig()})
 
 

@@ -57,6 +57,8 @@ class Request:
     config: Path | None = None
     """Of somebody's own run."""
     overrides: tuple[str, ...] = ()
+    ranks_per_gpu: int = 1
+    """Ranks that share a GPU; see `TrainConfig`."""
     align: int = 1
     """Of the packed samples of somebody's own run; see `own_settings`."""
 
@@ -85,6 +87,7 @@ class Request:
             folder=Path(given["folder"]),
             config=config,
             overrides=tuple(given["overrides"]),
+            ranks_per_gpu=given["ranks_per_gpu"],
             align=given["align"],
         )
 
