@@ -215,8 +215,8 @@ class TowerConfig(Section):
     `auto` keeps where little is kept: with `window`, or where the tower is frozen."""
     images_per_forward: Positive = 64
     fused: bool = True
-    """On GPUs in BF16 the tower's layers are compiled operations around cuDNN's attention, instead
-    of transformers' modules; no effect elsewhere."""
+    """On GPUs in BF16 the tower's layers are Transformer Engine's kernels around cuDNN's attention,
+    instead of transformers' modules; no effect elsewhere."""
     window: NonNegative = 0
     """Micro-batches whose pictures are encoded, read and differentiated before those of the next
     ones, so that the activations of so few are there at a time; 0: all of the step. Each window

@@ -13,6 +13,7 @@ from ghostvis_mega.engine.zero import ZeroEngine
 from ghostvis_mega.model.llm import LLMChunk
 from ghostvis_mega.model.megatron import Backend, BlockLayout, choose_backend, transformer_config
 from ghostvis_mega.model.vision import VisionEncoder
+from ghostvis_mega.model.vision_kernels import EngineKernels
 from ghostvis_mega.model.vision_layer import FusedLayers
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.parallel.plan import Degrees
@@ -95,10 +96,10 @@ def fuses_wgrad(run: RunConfig, settings: ResolvedDeepSpeed | None, device: torc
 
 
 def fuses_tower(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the tower's layers are compiled."""
+    """Whether the tower's layers run on Transformer Engine's kernels."""
     fused = run.tower.fused and device.type == "cuda" and dtype == torch.bfloat16
     if run.model.vision is not None:
-        log.info("layers of the tower: %s", "compiled" if fused else "transformers' modules")
+        log.info("layers of the tower: %s", "fused" if fused else "transformers' modules")
     return fused
 
 
@@ -183,11 +184,11 @@ def build_encoder(
         run: Settings.
         device: Of the parameters.
         dtype: Of the parameters.
-        fused: Compile the tower's layers.
+        fused: Run the tower's layers on Transformer Engine's kernels.
     """
     if run.model.vision is None:
         return None
-    layers = FusedLayers(compiled=True) if fused else None
+    layers = FusedLayers(EngineKernels()) if fused else None
     encoder = VisionEncoder(run.model, fused=layers).to(device)
     for part in (encoder.tower, encoder.resampler, encoder.projector):
         part.to(dtype)

@@ -1,14 +1,15 @@
-"""A layer of the vision tower as two compiled operations around one attention kernel.
+"""A layer of the vision tower as two operations around one attention kernel.
 
 It computes what transformers' SigLIP and CLIP layers compute, from their own parameters: queries,
-keys and values come out of one matrix product, attention reads and writes without copies, and what
-lies between matrix products (norms, GELU, residual sums, bias gradients) is fused by PyTorch's
-compiler, which also decides what the backward computes again instead of keeping it.
+keys and values come out of one matrix product, attention reads and writes without copies, and
+forward and backward of what lies around it are written out here, so that each step can be a kernel
+that does several things at once (`vision_kernels`). Gradients of parameters that have `main_grad`,
+an fp32 sum over micro-batches, are added there, and autograd gets none; without it autograd would
+convert them first.
 
-Shape legend: N images, P patches, C tower width, F MLP width, h heads, d head width.
+Shape legend: N images, P patches, R = N x P rows, C tower width, h heads, d head width.
 """
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,123 +18,134 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-"""By transformers' `hidden_act`."""
-
-_linear = torch.ops.aten.linear
-"""Not `F.linear`, in whose place DeepSpeed's stage 3 puts an autograd function of its own: compiled
-by PyTorch 2.11, that lost all gradients of the layers."""
-
-Linear = tuple[torch.Tensor, torch.Tensor]
-"""Weight and bias."""
-
-TUNED_FOR = 32
-"""Images of which the compiler thinks when it cuts sums into parts and chooses blocks. Without it
-these would be those of the first call, and a resumed run, which begins with another number of
-images than the run that it goes on with, would add in another order."""
+from ghostvis_mega.model.vision_kernels import LayerKernels
 
 
-class Weights(NamedTuple):
-    """What a layer computes with; queries, keys and values are one matrix."""
+class Settings(NamedTuple):
+    """Of a layer."""
 
-    norm1: Linear
-    qkv: Linear
-    out: Linear
-    norm2: Linear
-    fc1: Linear
-    fc2: Linear
+    eps: float
+    activation: str
+    """transformers' `hidden_act`."""
 
 
-def before_attention(x_NPC: torch.Tensor, norm: Linear, qkv: Linear, *, eps: float) -> torch.Tensor:
-    """Norm, and queries, keys and values in one product: [N, P, 3 * C]."""
-    return _linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *qkv)
+Gradients = tuple[torch.Tensor | None, ...]
 
 
-def after_attention(
-    x_NPC: torch.Tensor,
-    attended_NPC: torch.Tensor,
-    out: Linear,
-    norm: Linear,
-    fc1: Linear,
-    fc2: Linear,
-    *,
-    eps: float,
-    activation: str,
-) -> torch.Tensor:
-    """Output product, residual sum, norm, MLP, residual sum: [N, P, C]."""
-    x_NPC = x_NPC + _linear(attended_NPC, *out)
-    hidden_NPF = _linear(F.layer_norm(x_NPC, x_NPC.shape[-1:], *norm, eps), *fc1)
-    return x_NPC + _linear(_ACTIVATIONS[activation](hidden_NPF), *fc2)
+class BeforeAttention(torch.autograd.Function):
+    """Norm, and queries, keys and values in one product: [R, 3 * C].
 
-
-class _JoinWeights(torch.autograd.Function):
-    """A layer's parameters as `Weights`, flat; gradients go to the parameters' sums at once.
-
-    Where a parameter has `main_grad`, an fp32 sum over micro-batches, its gradient is added there
-    in one kernel, and autograd gets none; without it autograd would convert it first. The compiler
-    sees no parameter either, of which it would refuse one with a gradient of another dtype.
+    Parameters: weight and bias of the norm and of the three products, in this order.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, sums: Sequence[torch.Tensor | None], *parameters: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.sums = sums
-        norm, qkv, rest = parameters[:2], parameters[2:8], parameters[8:]
-        joined = (torch.cat(qkv[0::2]), torch.cat(qkv[1::2]))
-        return (*_same(norm), *joined, *_same(rest))
+        ctx: Any,
+        kernels: LayerKernels,
+        settings: Settings,
+        x_RC: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """See the class."""
+        norm_weight, norm_bias, *qkv = parameters
+        weight, bias = torch.cat(qkv[0::2]), torch.cat(qkv[1::2])
+        normed = kernels.norm(x_RC, norm_weight, norm_bias, eps=settings.eps)
+        ctx.kernels, ctx.parameters = kernels, parameters
+        ctx.save_for_backward(x_RC, *normed, weight, bias)
+        return kernels.linear(normed[0], weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        norm, (weight, bias), rest = gradients[:2], gradients[2:4], gradients[4:]
-        qkv = [part for pair in zip(weight.chunk(3), bias.chunk(3), strict=True) for part in pair]
-        left: list[torch.Tensor | None] = []
-        for needed, total, gradient in zip(
-            ctx.needs_input_grad[1:], ctx.sums, (*norm, *qkv, *rest), strict=True
-        ):
-            if needed and total is not None:
-                total += gradient
-            left.append(gradient if needed and total is None else None)
-        return None, *left
+    def backward(ctx: Any, d_RD: torch.Tensor) -> Gradients:
+        """Gradients of rows and parameters."""
+        x_RC, *normed, weight, bias = ctx.saved_tensors
+        kernels: LayerKernels = ctx.kernels
+        d_RD = d_RD.contiguous()
+        d_weight, d_bias = kernels.weight_gradient(d_RD, normed[0], bias, None)
+        assert d_weight is not None, "it had no sum to go to"
+        d_x_RC, *d_norm = kernels.norm_backward(
+            kernels.input_gradient(d_RD, weight), x_RC, tuple(normed), ctx.parameters[0]
+        )
+        qkv = [
+            part for pair in zip(d_weight.chunk(3), d_bias.chunk(3), strict=True) for part in pair
+        ]
+        return None, None, d_x_RC, *map(_left, ctx.parameters, (*d_norm, *qkv))
 
 
-def _same(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    # Not views: the compiler looks at the tensor that a view is of, parameter and gradient.
-    return [x.new_empty(0).set_(x) for x in tensors]
+class AfterAttention(torch.autograd.Function):
+    """Output product, residual sum, norm, MLP, residual sum: [R, C].
+
+    Parameters: weight and bias of the output product, the norm, and the MLP's two products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: LayerKernels,
+        settings: Settings,
+        x_RC: torch.Tensor,
+        attended_RC: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """See the class."""
+        out, out_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias = parameters
+        middle_RC = kernels.linear(attended_RC, out, out_bias).add_(x_RC)
+        normed = kernels.norm(middle_RC, norm_weight, norm_bias, eps=settings.eps)
+        activated_RF, before_RF = kernels.linear_activated(
+            normed[0], fc1, fc1_bias, name=settings.activation
+        )
+        ctx.kernels, ctx.settings, ctx.parameters = kernels, settings, parameters
+        ctx.save_for_backward(attended_RC, middle_RC, *normed, before_RF, activated_RF)
+        return kernels.linear(activated_RF, fc2, fc2_bias).add_(middle_RC)
+
+    @staticmethod
+    def backward(ctx: Any, d_RC: torch.Tensor) -> Gradients:
+        """Gradients of rows, attended rows and parameters."""
+        attended_RC, middle_RC, *normed, before_RF, activated_RF = ctx.saved_tensors
+        out, out_bias, *norm, fc1, fc1_bias, fc2, fc2_bias = ctx.parameters
+        kernels: LayerKernels = ctx.kernels
+        d_RC = d_RC.contiguous()
+        d_fc2, d_fc2_bias = kernels.weight_gradient(d_RC, activated_RF, fc2_bias, _sum(fc2))
+        d_RF = kernels.activated_gradient(d_RC, fc2, before_RF, name=ctx.settings.activation)
+        d_fc1, d_fc1_bias = kernels.weight_gradient(d_RF, normed[0], fc1_bias, _sum(fc1))
+        d_middle_RC, *d_norm = kernels.norm_backward(
+            kernels.input_gradient(d_RF, fc1), middle_RC, tuple(normed), norm[0]
+        )
+        d_middle_RC = d_middle_RC.add_(d_RC)
+        d_out, d_out_bias = kernels.weight_gradient(d_middle_RC, attended_RC, out_bias, _sum(out))
+        d_attended_RC = kernels.input_gradient(d_middle_RC, out)
+        return (
+            *(None, None, d_middle_RC, d_attended_RC),
+            *(d_out, _left(out_bias, d_out_bias)),
+            *map(_left, norm, d_norm),
+            *(d_fc1, _left(fc1_bias, d_fc1_bias)),
+            *(d_fc2, _left(fc2_bias, d_fc2_bias)),
+        )
 
 
-def weights_of(layer: nn.Module) -> Weights:
-    """The parameters of a layer of transformers' SigLIP or CLIP."""
-    attention, mlp = layer.self_attn, layer.mlp
-    modules = (
-        layer.layer_norm1,
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.out_proj,
-        layer.layer_norm2,
-        mlp.fc1,
-        mlp.fc2,
-    )
-    parameters = [p for module in modules for p in (module.weight, module.bias)]
-    sums = [getattr(parameter, "main_grad", None) for parameter in parameters]
-    flat = _JoinWeights.apply(sums, *parameters)
-    return Weights(*zip(flat[0::2], flat[1::2], strict=True))
+def _sum(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Of its gradients, where there is one while the backward runs."""
+    return getattr(parameter, "main_grad", None)
+
+
+def _left(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """What is left for autograd of a gradient once its sum has it."""
+    total = _sum(parameter)
+    if total is None:
+        return gradient
+    total += gradient
+    return None
 
 
 def attend(qkv_NPD: torch.Tensor, *, num_heads: int) -> torch.Tensor:
     """Full attention within each image: [N, P, C], from [N, P, 3 * C]."""
     heads = qkv_NPD.unflatten(2, (3, num_heads, -1)).unbind(2)
     q, k, v = (part_NPhd.transpose(1, 2) for part_NPhd in heads)
-    with _kernels(q.device):
+    with _attention_kernels(q.device):
         attended_NhPd = F.scaled_dot_product_attention(q, k, v)
     return attended_NhPd.transpose(1, 2).flatten(2)
 
 
-def _kernels(device: torch.device) -> AbstractContextManager:
+def _attention_kernels(device: torch.device) -> AbstractContextManager:
     if device.type != "cuda":
         return nullcontext()
     if torch.are_deterministic_algorithms_enabled():
@@ -144,20 +156,10 @@ def _kernels(device: torch.device) -> AbstractContextManager:
 
 
 class FusedLayers:
-    """Runs layers of transformers' SigLIP and CLIP towers by the functions above.
+    """Runs layers of transformers' SigLIP and CLIP towers by the functions above."""
 
-    Args:
-        compiled: Through PyTorch's compiler; else as they stand. What it compiles serves all
-            layers and all numbers of images.
-    """
-
-    def __init__(self, *, compiled: bool):
-        self.compiled = compiled
-        self._before, self._after = before_attention, after_attention
-        if compiled:
-            # `fullgraph`: what cannot be compiled, or not once for all layers, is an error.
-            self._before = torch.compile(before_attention, fullgraph=True)
-            self._after = torch.compile(after_attention, fullgraph=True)
+    def __init__(self, kernels: LayerKernels):
+        self.kernels = kernels
 
     def __call__(self, layer: nn.Module, x_NPC: torch.Tensor) -> torch.Tensor:
         """One layer: [N, P, C].
@@ -166,28 +168,18 @@ class FusedLayers:
             layer: transformers' module, for its parameters and settings.
             x_NPC: Hidden states.
         """
-        before, after = self._before, self._after
-        if len(x_NPC) < 2:
-            # The compiler takes sizes 0 and 1 for other programs.
-            before, after = before_attention, after_attention
-        weights, eps = weights_of(layer), layer.layer_norm1.eps
-        qkv_NPD = before(self._many(x_NPC), weights.norm1, weights.qkv, eps=eps)
-        attended_NPC = attend(qkv_NPD, num_heads=layer.self_attn.num_heads)
-        return after(
-            self._many(x_NPC),
-            self._many(attended_NPC),
-            weights.out,
-            weights.norm2,
-            weights.fc1,
-            weights.fc2,
-            eps=eps,
-            activation=layer.self_attn.config.hidden_act,
-        )
+        attention, mlp = layer.self_attn, layer.mlp
+        settings = Settings(layer.layer_norm1.eps, attention.config.hidden_act)
+        products = (attention.q_proj, attention.k_proj, attention.v_proj)
+        first = _parameters(layer.layer_norm1, *products)
+        second = _parameters(attention.out_proj, layer.layer_norm2, mlp.fc1, mlp.fc2)
+        x_RC = x_NPC.flatten(0, 1).contiguous()
+        qkv_RD = BeforeAttention.apply(self.kernels, settings, x_RC, *first)
+        attended_NPC = attend(qkv_RD.unflatten(0, x_NPC.shape[:2]), num_heads=attention.num_heads)
+        attended_RC = attended_NPC.flatten(0, 1).contiguous()
+        out_RC = AfterAttention.apply(self.kernels, settings, x_RC, attended_RC, *second)
+        return out_RC.unflatten(0, x_NPC.shape[:2])
 
-    def _many(self, x_NPC: torch.Tensor) -> torch.Tensor:
-        """`x_NPC`, of which the number of images may be any."""
-        if self.compiled and len(x_NPC) >= 2:
-            from torch._dynamo import mark_dynamic  # takes a second to import
 
-            mark_dynamic(x_NPC, 0, hint_override=TUNED_FOR)
-        return x_NPC
+def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in (module.weight, module.bias)]

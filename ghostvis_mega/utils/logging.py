@@ -23,8 +23,6 @@ CHATTER = (
     ("full scope is deprecated", UserWarning, "megatron"),
     ("invalid escape sequence", SyntaxWarning, ""),
     ("Detected a Jax installation", RuntimeWarning, "transformer_engine"),
-    # PyTorch's compiler looks at each tensor it is given.
-    ("The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch"),
     # DeepSpeed's choice of collectives, said anew at every step.
     ("`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is dep", FutureWarning, "torch"),
 )

@@ -19,7 +19,7 @@ from ghostvis_mega.engine import build, zero
 from ghostvis_mega.engine.flat_gradients import FlatGradients
 from ghostvis_mega.engine.inspect import owned_parameters
 from ghostvis_mega.engine.step import TrainEngine
-from ghostvis_mega.model.vision_layer import FusedLayers
+from ghostvis_mega.model.vision_kernels import PlainKernels
 from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
 from ghostvis_mega.perf.certify.lab import Lab
 from ghostvis_mega.perf.certify.layout import Layout
@@ -99,10 +99,10 @@ def train(lab: Lab, layout: Layout, *, bucket: torch.dtype | None = None) -> dic
 
 @contextmanager
 def fused_tower() -> Iterator[None]:
-    """The tower as on GPUs, but for the compiler."""
+    """The tower as on GPUs, but for the kernels."""
     with (
         mock.patch.object(build, "fuses_tower", lambda *_, **__: True),
-        mock.patch.object(build, "FusedLayers", lambda **_: FusedLayers(compiled=False)),
+        mock.patch.object(build, "EngineKernels", PlainKernels),
     ):
         yield
 
