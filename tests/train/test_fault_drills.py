@@ -14,7 +14,7 @@ from ghostvis_mega.utils.figures import any_missed
 from tests.checkpoint.test_drills import drill
 from tests.launch import ROOT
 
-pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
+pytestmark = pytest.mark.world_size(2)
 
 REPORT = """\
 hang: rank 1 does not answer.
@@ -49,6 +49,7 @@ def test_a_run_that_is_killed_instead_misses_the_bars() -> None:
     }
 
 
+@pytest.mark.durability
 def test_a_stopped_rank_is_reported_and_the_next_start_goes_on() -> None:
     code, rows, said = drill("hang", "--step-timeout-s", "12")
     assert code == 0, said[-4000:]
