@@ -291,6 +291,7 @@ WRONG = {
         "Use 8",
     ),
     "no gpu": (["train.device=cuda"], 1, "train.device=cuda", "train.device: auto"),
+    "no gpu to share": (["train.ranks_per_gpu=2"], 2, "train.ranks_per_gpu=2", "Leave it out"),
 }
 
 
@@ -298,6 +299,21 @@ WRONG = {
 def test_a_broken_rule_names_field_and_fix(make_run, overrides, world, field, fix):
     found = find_problems(make_run(*overrides), world_size=world, device="cpu")
     assert any(field in text and fix in text for text in found), "\n".join(found)
+
+
+def test_a_fused_tower_has_widths_for_its_kernels(make_run):
+    narrow = ("train.precision=bf16", "model.vision.ffn_hidden_size=196")
+    (found,) = find_problems(make_run(*narrow), world_size=1, device="cuda")
+    assert "model.vision.ffn_hidden_size=196" in found and "tower.fused: false" in found
+    for run, device in (
+        (make_run(*narrow), "cpu"),
+        (make_run(*narrow, "tower.fused=false"), "cuda"),
+        (make_run(narrow[1]), "cuda"),
+        (make_run(narrow[0], "model.vision.ffn_hidden_size=200"), "cuda"),
+    ):
+        assert not any(
+            "tower.fused" in text for text in find_problems(run, world_size=1, device=device)
+        )
 
 
 def test_held_out_data_must_be_other_data(make_run):
