@@ -127,6 +127,7 @@ class EngineKernels:
     """
 
     def __init__(self) -> None:
+        import transformer_engine.pytorch  # noqa: F401  # loads the library that the next one needs
         import transformer_engine_torch as engine
         from transformer_engine.pytorch.constants import TE_DType
         from transformer_engine.pytorch.cpp_extensions import general_gemm
