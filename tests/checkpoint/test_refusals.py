@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch import launch
 
-pytestmark = [pytest.mark.world_size(2), pytest.mark.durability]
+pytestmark = [pytest.mark.world_size(2)]
 
 
 @pytest.fixture(scope="module")

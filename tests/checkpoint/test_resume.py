@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch import launch
 
-pytestmark = [pytest.mark.world_size(4), pytest.mark.durability]
+pytestmark = pytest.mark.world_size(4)
 
 LAYOUTS = [
     "dp4 zero1",
