@@ -17,6 +17,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 """By transformers' `hidden_act`."""
+_FUSED_ACTIVATION = "gelu_pytorch_tanh"
+"""What cuBLASLt calls GELU."""
 
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Normalised rows, and mean and reciprocal standard deviation of each."""
@@ -134,7 +136,7 @@ class EngineKernels:
 
         self._gemm, self._dtypes = general_gemm, TE_DType
         self._norm, self._norm_backward = engine.layernorm_fwd, engine.layernorm_bwd
-        self._quick_gelu = engine.qgelu, engine.dqgelu
+        self._apart = {"quick_gelu": (engine.qgelu, engine.dqgelu)}
 
     def norm(
         self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float
@@ -157,9 +159,9 @@ class EngineKernels:
         self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `LayerKernels`."""
-        if name == "quick_gelu":
+        if name != _FUSED_ACTIVATION:
             before_RO = self.linear(x_RI, weight, bias)
-            return self._quick_gelu[0](before_RO, None), before_RO
+            return self._apart[name][0](before_RO, None), before_RO
         activated_RO, _, before_RO, _ = self._gemm(
             weight, x_RI, out_dtype=x_RI.dtype, bias=bias, gelu=True
         )
@@ -173,8 +175,8 @@ class EngineKernels:
         self, d_RO: torch.Tensor, weight: torch.Tensor, before_RI: torch.Tensor, *, name: str
     ) -> torch.Tensor:
         """See `LayerKernels`."""
-        if name == "quick_gelu":
-            return self._quick_gelu[1](self.input_gradient(d_RO, weight), before_RI, None)
+        if name != _FUSED_ACTIVATION:
+            return self._apart[name][1](self.input_gradient(d_RO, weight), before_RI, None)
         return self._gemm(
             weight,
             d_RO,
