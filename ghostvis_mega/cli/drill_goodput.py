@@ -19,9 +19,9 @@ DRILL_GOODPUT_HELP = """Train on a CPU, kill all ranks every so often, start the
 the time.
 
 \b
-Examples (10 minutes; 90 seconds):
+Examples (10 minutes; 3 minutes):
   python -m ghostvis_mega drill goodput
-  python -m ghostvis_mega drill goodput --seconds 90 --kill-every 30 --json
+  python -m ghostvis_mega drill goodput --seconds 180 --json
 
 \b
 Each launch resumes from the newest checkpoint by itself. The figures are those that a run keeps in
