@@ -84,7 +84,7 @@ def certify(
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     with tempfile.TemporaryDirectory(prefix="ghostvis-certify-") as folder:
         with refusing_settings():
-            _refuse_mixed(layouts, own=config is not None, faults=faults)
+            _refuse_mixed(config, layouts, faults=faults)
             most = _processes(layouts, processes, share=ranks_per_gpu)
             wanted = _wanted(config, overrides, layouts, only, faults, steps, most)
             wanted = replace(wanted, folder=Path(folder), ranks_per_gpu=ranks_per_gpu)
@@ -95,13 +95,13 @@ def certify(
         _report([done.get(entry) or _not_run(entry) for entry in wanted.entries], as_json, output)
 
 
-def _refuse_mixed(layouts: str | None, *, own: bool, faults: bool) -> None:
+def _refuse_mixed(config: Path | None, layouts: str | None, *, faults: bool) -> None:
     """What cannot be asked for together."""
     from ghostvis_mega.perf.certify.request import SETS
 
-    if own and layouts in SETS:
-        raise ConfigError([f"--layouts {layouts} has a model of its own: leave out RUN.yaml."])
-    if not own and layouts not in SETS:
+    if config is not None and layouts in SETS:
+        raise ConfigError([f"--layouts {layouts} has a model of its own: leave out {config}."])
+    if config is None and layouts not in SETS:
         raise ConfigError([f"--layouts {layouts} needs RUN.yaml. Or use --layouts cpu or gpu."])
     if faults and layouts not in SETS:
         raise ConfigError(["--faults are planted in layouts of --layouts cpu or gpu. Use one."])
@@ -119,15 +119,14 @@ def _wanted(
     """All that was asked for, on up to `most` processes."""
     from ghostvis_mega.perf.certify.request import Entry, Request, chosen, entries_of, own_entries
 
-    own = config is not None
-    if not own:
+    if config is None:
         entries = entries_of(str(layouts), faults=faults)
     elif layouts is None:
         entries = [Entry("the run as it is", most)]
     else:
         entries = own_entries(Path(layouts), ranks=most)
     return Request(
-        set="own" if own else str(layouts),
+        set=str(layouts) if config is None else "own",
         entries=tuple(chosen(entries, only)),
         steps=steps,
         folder=Path(),

@@ -17,12 +17,10 @@ from ghostvis_mega.config.rules_model import (
     vision_notes,
 )
 from ghostvis_mega.config.rules_pipeline import pipeline_problems
-from ghostvis_mega.config.rules_precision import fp8_notes, fp8_problems
+from ghostvis_mega.config.rules_precision import fp8_notes, fp8_problems, tower_problems
 from ghostvis_mega.config.schema import RunConfig
 
 Device = Literal["cpu", "cuda"]
-FUSED_TOWER_MULTIPLE = 8
-"""Of BF16 numbers: rows that cuBLASLt's fused products read and write begin at 16 bytes."""
 
 
 def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[str]:
@@ -49,6 +47,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *_log_problems(cfg),
         *_device_problems(cfg, device),
         *fp8_problems(cfg, device=device),
+        *tower_problems(cfg, device=device),
     ]
     return list(dict.fromkeys(found))
 
@@ -240,15 +239,6 @@ def _device_problems(cfg: RunConfig, device: Device) -> Iterator[str]:
             f"train.ranks_per_gpu={cfg.train.ranks_per_gpu} lets ranks share a GPU, and this run "
             "has none. Leave it out, or run on a GPU."
         )
-    vision = cfg.model.vision
-    if vision is None or device == "cpu" or cfg.train.precision != "bf16" or not cfg.tower.fused:
-        return
-    for name in ("hidden_size", "ffn_hidden_size"):
-        if (width := getattr(vision, name)) % FUSED_TOWER_MULTIPLE:
-            yield (
-                f"tower.fused=true takes widths that are multiples of {FUSED_TOWER_MULTIPLE}, and "
-                f"model.vision.{name}={width} is none. Set tower.fused: false."
-            )
 
 
 def find_notes(cfg: RunConfig, *, world_size: int) -> list[str]:

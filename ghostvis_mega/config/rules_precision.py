@@ -1,12 +1,14 @@
-"""Rules of FP8: what Transformer Engine's kernels need, checked before any GPU is touched."""
+"""What Transformer Engine's kernels need, in FP8 and for the tower, checked before any GPU is
+touched."""
 
 from collections.abc import Iterator
 
 from ghostvis_mega.config.schema import RunConfig
 
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
-"""Of the rows and columns of matrices, by recipe."""
 """Tokens and widths of a matrix that a recipe can quantise (`blockwise`: whole blocks of 128)."""
+FUSED_TOWER_MULTIPLE = 8
+"""Of BF16 numbers: rows that cuBLASLt's fused products read and write begin at 16 bytes."""
 
 
 def fp8_notes(cfg: RunConfig) -> Iterator[str]:
@@ -73,3 +75,21 @@ def fp8_problems(cfg: RunConfig, *, device: str) -> Iterator[str]:
             f"holds batch.micro_size={cfg.batch.micro_size} x data.seq_length="
             f"{cfg.data.seq_length} / {cut} of them. Use data.seq_length={length}, or fp8: none."
         )
+
+
+def tower_problems(cfg: RunConfig, *, device: str) -> Iterator[str]:
+    """Broken rules of `tower.fused`, one sentence each.
+
+    Args:
+        cfg: The run.
+        device: Where it will run: "cpu" or "cuda".
+    """
+    vision = cfg.model.vision
+    if vision is None or device == "cpu" or cfg.train.precision != "bf16" or not cfg.tower.fused:
+        return
+    for name in ("hidden_size", "ffn_hidden_size"):
+        if (width := getattr(vision, name)) % FUSED_TOWER_MULTIPLE:
+            yield (
+                f"tower.fused=true takes widths that are multiples of {FUSED_TOWER_MULTIPLE}, and "
+                f"model.vision.{name}={width} is none. Set tower.fused: false."
+            )

@@ -70,37 +70,37 @@ class PlainKernels:
     def norm(
         self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float
     ) -> Norm:
-        """See `LayerKernels`."""
+        """PyTorch's."""
         return torch.native_layer_norm(x_RI, weight.shape, weight, bias, eps)
 
     def norm_backward(
         self, d_RI: torch.Tensor, x_RI: torch.Tensor, norm: Norm, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `LayerKernels`."""
+        """PyTorch's, all three gradients at once."""
         # The bias has no part in it but its shape.
         return torch.ops.aten.native_layer_norm_backward(
             d_RI, x_RI, weight.shape, *norm[1:], weight, weight, [True] * 3
         )
 
     def linear(self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """A product that begins with the bias."""
         return torch.addmm(bias, x_RI, weight.t())
 
     def linear_activated(
         self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `LayerKernels`."""
+        """Two operations."""
         before_RO = self.linear(x_RI, weight, bias)
         return ACTIVATIONS[name](before_RO), before_RO
 
     def input_gradient(self, d_RO: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """A plain product."""
         return d_RO @ weight
 
     def activated_gradient(
         self, d_RO: torch.Tensor, weight: torch.Tensor, before_RI: torch.Tensor, *, name: str
     ) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """The activation's derivative by autograd."""
         with torch.enable_grad():
             given_RI = before_RI.detach().requires_grad_()
             activated_RI = ACTIVATIONS[name](given_RI)
@@ -113,7 +113,7 @@ class PlainKernels:
         bias: torch.Tensor,
         total: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """See `LayerKernels`."""
+        """A product and a sum over rows."""
         gradient = d_RO.t() @ x_RI
         if total is not None:
             total += gradient
@@ -141,24 +141,24 @@ class EngineKernels:
     def norm(
         self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float
     ) -> Norm:
-        """See `LayerKernels`."""
+        """One kernel."""
         # No output tensor, no quantiser, all multiprocessors, weights around one.
         return self._norm(x_RI, weight, bias, eps, None, None, self._dtypes[x_RI.dtype], 0, False)
 
     def norm_backward(
         self, d_RI: torch.Tensor, x_RI: torch.Tensor, norm: Norm, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `LayerKernels`."""
+        """Two kernels: rows, then sums over them."""
         return self._norm_backward(d_RI, x_RI, *norm[1:], weight, 0, False)
 
     def linear(self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """The bias is added where the product ends."""
         return self._gemm(weight, x_RI, out_dtype=x_RI.dtype, bias=bias)[0]
 
     def linear_activated(
         self, x_RI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `LayerKernels`."""
+        """The tanh GELU too; another activation is a kernel of its own."""
         if name != _FUSED_ACTIVATION:
             before_RO = self.linear(x_RI, weight, bias)
             return self._apart[name][0](before_RO, None), before_RO
@@ -168,13 +168,13 @@ class EngineKernels:
         return activated_RO, before_RO
 
     def input_gradient(self, d_RO: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """A plain product."""
         return self._gemm(weight, d_RO, out_dtype=d_RO.dtype, layout="NN", grad=True)[0]
 
     def activated_gradient(
         self, d_RO: torch.Tensor, weight: torch.Tensor, before_RI: torch.Tensor, *, name: str
     ) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """As the forward: the tanh GELU's derivative where the product ends, another's apart."""
         if name != _FUSED_ACTIVATION:
             return self._apart[name][1](self.input_gradient(d_RO, weight), before_RI, None)
         return self._gemm(
@@ -194,7 +194,7 @@ class EngineKernels:
         bias: torch.Tensor,
         total: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """See `LayerKernels`."""
+        """The bias's gradient comes with the product, which adds to `total` in fp32."""
         gradient, bias_gradient, *_ = self._gemm(
             x_RI,
             d_RO,
