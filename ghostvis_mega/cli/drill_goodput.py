@@ -21,7 +21,7 @@ the time.
 \b
 Examples (10 minutes; 3 minutes):
   python -m ghostvis_mega drill goodput
-  python -m ghostvis_mega drill goodput --seconds 180 --json
+  python -m ghostvis_mega drill goodput --seconds 180 --kill-every 90 --json
 
 \b
 Each launch resumes from the newest checkpoint by itself. The figures are those that a run keeps in
