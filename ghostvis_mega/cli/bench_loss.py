@@ -18,11 +18,13 @@ BENCH_LOSS_HELP = """Time and memory of output layer and loss, with train.fused_
 Examples (GPUs: the output layers of Qwen2.5 1.5B and 7B, about a minute; a CPU: a narrow one):
   python -m ghostvis_mega bench loss
   python -m ghostvis_mega bench loss --processes 4 --rows 16384 --size 3584x152064 --json
+  python -m ghostvis_mega bench loss --processes 4 --ranks-per-gpu 4
   python -m ghostvis_mega bench loss --device cpu --rows 2048 --size 64x152064 --processes 2
 
 \b
 The processes share the vocabulary (tensor parallelism). Loss and gradients of both ways are also
-compared: relative differences up to 1e-5 in fp32, 2e-2 in BF16.
+compared: relative differences up to 1e-5 in fp32, 2e-2 in BF16. Where GPUs are fewer than ranks,
+--ranks-per-gpu tells the memory and the differences of a cut vocabulary, not its time.
 Exit code: 0 measured, 1 the two ways differ or a process failed, 2 wrong settings.
 """
 
@@ -41,6 +43,9 @@ def bench_loss(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks to start.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each kind.")] = 10,
+    ranks_per_gpu: Annotated[
+        int, typer.Option(min=1, help="Ranks that share a GPU, where GPUs are few; slow.")
+    ] = 1,
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16.  [default: bf16; CPU: fp32]")
     ] = None,
@@ -61,6 +66,9 @@ def bench_loss(
     if device == "cuda" and not on_gpu:
         typer.echo("--device cuda, but there is no GPU here. Use --device cpu.", err=True)
         raise typer.Exit(EXIT_WRONG_SETTINGS)
+    if ranks_per_gpu > 1 and not on_gpu:
+        typer.echo(f"--ranks-per-gpu {ranks_per_gpu}: no GPU to share. Leave it out.", err=True)
+        raise typer.Exit(EXIT_WRONG_SETTINGS)
     if processes > 1 and not joined:
         where = "cuda" if on_gpu else "cpu"
         code = launch_self(sys.argv[1:], processes=processes, device=where, timeout_s=timeout_s)
@@ -72,6 +80,7 @@ def bench_loss(
         repeats=repeats,
         precision=precision or ("bf16" if on_gpu else "fp32"),
         device="cuda" if on_gpu else "cpu",
+        ranks_per_gpu=ranks_per_gpu,
         as_json=as_json,
     )
 
@@ -101,6 +110,7 @@ def _be_a_rank(
     repeats: int,
     precision: str,
     device: str,
+    ranks_per_gpu: int,
     as_json: bool,
 ) -> None:
     rank = int(os.environ.get("RANK", "0"))
@@ -111,7 +121,13 @@ def _be_a_rank(
     from ghostvis_mega.session import local_device, open_world
 
     runs = [
-        bench_run(LayerSize(*size), tensor=tensor, precision=precision, device=device)
+        bench_run(
+            LayerSize(*size),
+            tensor=tensor,
+            precision=precision,
+            device=device,
+            ranks_per_gpu=ranks_per_gpu,
+        )
         for size in sizes
     ]
     with refusing_settings():
@@ -126,5 +142,6 @@ def _be_a_rank(
             progress=world.watchdog.alive,
         )
     name = torch.cuda.get_device_name(place) if device == "cuda" else cpu_name()
-    title = f"output layer and loss, {rows} rows, {precision}, {tensor} x {name}"
+    where = name if ranks_per_gpu == 1 else f"{name}, shared by {ranks_per_gpu} ranks each"
+    title = f"output layer and loss, {rows} rows, {precision}, {tensor} x {where}"
     conclude(figures, title=title, as_json=as_json, show=rank == 0)

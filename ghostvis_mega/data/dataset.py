@@ -242,9 +242,11 @@ class Dataset(Closing):
         edges = np.zeros(len(tokens) + 1, dtype=np.int8)
         edges[begin] += 1
         edges[begin + spans["len"][trained]] -= 1
+        mask = np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
+        mask[positions] = False  # a picture in a trained turn is no token to predict
         return Gathered(
             tokens=tokens,
-            trained=np.cumsum(edges[:-1], dtype=np.int8).astype(bool),
+            trained=mask,
             tok_lens=tok_lens,
             image_counts=image_counts,
             image_ids=refs["image_id"].astype(np.int64),

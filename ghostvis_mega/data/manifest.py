@@ -35,6 +35,8 @@ ANSWERS = "samples/answers.bin"
 REJECTS = "rejects.jsonl"
 REQUIRED_FILES = (MEDIA_INDEX, TOKENS, SAMPLE_INDEX, IMAGE_REFS, SPANS, KEYS, ANSWERS, REJECTS)
 REQUIRED_SPECIALS = ("pad", "im_start", "im_end", "image")
+ALL_TURNS = "-turns"
+"""Ending of the names of chat templates that train what every role says."""
 RECORD_BYTES = 64
 """Size of one record of images.idx and of samples.idx."""
 
@@ -69,6 +71,11 @@ class TemplateInfo(_Part):
     """Chat template that wrapped the turns."""
 
     name: str
+
+    @property
+    def writes(self) -> str:
+        """The template of the same text in which answers alone are trained."""
+        return self.name.removesuffix(ALL_TURNS)
 
 
 class SourceInfo(_Part):

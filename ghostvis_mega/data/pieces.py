@@ -86,9 +86,22 @@ def piece_trained(dataset: Dataset, samples: np.ndarray, pieces: np.ndarray) -> 
     owner = np.repeat(np.arange(len(samples)), counts)
     begin = spans["start"].astype(np.int64)
     first, last = pieces[owner, 0] + 1, pieces[owner, 0] + pieces[owner, 1]
-    shared = np.minimum(begin + spans["len"], last) - np.maximum(begin, first)
-    shared = np.where(spans["train"] != 0, np.maximum(shared, 0), 0)
+    begin, end = np.maximum(begin, first), np.minimum(begin + spans["len"], last)
+    shared = np.maximum(end - begin, 0) - _images_between(dataset, samples, owner, begin, end)
+    shared = np.where(spans["train"] != 0, shared, 0)
     return np.bincount(owner, weights=shared, minlength=len(samples)).astype(np.int64)
+
+
+def _images_between(
+    dataset: Dataset, samples: np.ndarray, owner: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> np.ndarray:
+    """Images among the stored tokens `begin` to `end` of samples, `owner` their places."""
+    places, counts = image_positions(dataset, samples, None)
+    # Places of a later sample are larger than all of an earlier one.
+    step = int(dataset.sample_index["tok_len"][samples].max(initial=0)) + 1
+    places = places + np.repeat(np.arange(len(samples)), counts) * step
+    first, last = (np.searchsorted(places, side + owner * step) for side in (begin, end))
+    return np.maximum(last - first, 0)
 
 
 def cut_gathered(data: Gathered, pieces: np.ndarray) -> Gathered:

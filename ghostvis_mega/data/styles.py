@@ -5,8 +5,9 @@ whatever their pieces are; generation stops at `im_end`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ghostvis_mega.data.manifest import ALL_TURNS
 from ghostvis_mega.data.tokenizer import PIECES
 
 
@@ -30,6 +31,7 @@ class Style:
         ends: what follows it; a special in the first place is the turn's end token.
         begin: what opens a conversation or document.
         joined_user: header of a user's turn right after the system's, where they are one.
+        trained: roles whose text, and the end token after it, are under the loss.
     """
 
     pieces: Mapping[str, tuple[str, ...]]
@@ -37,6 +39,7 @@ class Style:
     ends: Mapping[str, tuple[Piece, ...]]
     begin: tuple[Piece, ...] = ()
     joined_user: tuple[Piece, ...] | None = None
+    trained: frozenset[str] = frozenset({"assistant"})
 
     def has_end_token(self, role: str) -> bool:
         """Turns of `role` end with a token of their own."""
@@ -122,10 +125,13 @@ def _plain() -> Style:
     )
 
 
-STYLES: Mapping[str, Style] = {
+_ANSWERS: Mapping[str, Style] = {
     "chatml": _chatml(),
     "llama3": _llama3(),
     "vicuna": _vicuna(),
     "gemma": _gemma(),
     "plain": _plain(),
+}
+STYLES: Mapping[str, Style] = _ANSWERS | {
+    name + ALL_TURNS: replace(style, trained=frozenset(_ROLES)) for name, style in _ANSWERS.items()
 }

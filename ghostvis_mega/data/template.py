@@ -5,8 +5,9 @@ ChatML, for example:
     <|im_start|>user\\n<|image|>What is it?<|im_end|>\\n<|im_start|>assistant\\nA cat.<|im_end|>\\n
 
 Spans are taken while encoding, piece by piece, so the mask cannot drift from the text: trained is
-exactly the assistant's text and the end token after it. A document is a single turn of the role
-`text`; all of it is trained, and the end-of-text token after it.
+exactly the assistant's text and the end token after it. Of a style whose name ends in `-turns` it
+is the text of every role, with its end token; pictures and headers never are. A document is a
+single turn of the role `text`; all of it is trained, and the end-of-text token after it.
 """
 
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ class Encoded:
         mask = np.zeros(len(self.tokens), dtype=bool)
         for span in self.spans[self.spans["train"] != 0]:
             mask[span["start"] : span["start"] + span["len"]] = True
+        mask[list(self.image_positions)] = False
         return mask
 
 
@@ -200,7 +202,7 @@ class ChatTemplate:
                     tokens.append(self._image)
                 else:
                     tokens += self._encode_text(part, number)
-            train = int(turn.role == "assistant")
+            train = int(turn.role in self._style.trained)
             spans.append((start, len(tokens) - start, Role[turn.role.upper()], train, number))
             if self._style.has_end_token(turn.role):
                 spans.append((len(tokens), 1, Role.EOS, train, number))

@@ -12,7 +12,7 @@ from ghostvis_mega.data.manifest import REJECTS
 from ghostvis_mega.data.order import shuffled
 from ghostvis_mega.data.pixels import ImageError, probe
 from ghostvis_mega.data.recover import turns_of
-from ghostvis_mega.data.template import ChatTemplate, RowError
+from ghostvis_mega.data.template import ChatTemplate, RowError, find_style
 from ghostvis_mega.data.writer import content_hash
 from ghostvis_mega.utils.errors import DataError
 
@@ -25,7 +25,6 @@ Progress = Callable[[str, int, int], None]
 _CHUNK_SAMPLES = 4096
 _CHUNK_IMAGES = 256
 _SHUFFLE_KEY = 6
-_MAY_BE_TRAINED = (Role.ASSISTANT, Role.EOS, Role.TEXT)
 
 
 def deep_problems(dataset: Dataset, *, progress: Progress, workers: int = 1) -> list[str]:
@@ -55,8 +54,9 @@ def _count_problems(dataset: Dataset) -> list[str]:
 
 
 def _span_problems(dataset: Dataset) -> list[str]:
-    """Spans follow each other without overlap, and only answers and ends are trained."""
+    """Spans follow each other without overlap, and trained is only what the template trains."""
     records, spans = dataset.sample_index, dataset.spans
+    said = [Role[role.upper()] for role in find_style(dataset.manifest.template.name).trained]
     owner = np.repeat(np.arange(len(records)), records["n_spans"])
     ends = spans["start"].astype(np.int64) + spans["len"]
     same = owner[1:] == owner[:-1]
@@ -66,7 +66,7 @@ def _span_problems(dataset: Dataset) -> list[str]:
             same & (spans["turn"][1:] < spans["turn"][:-1]), False
         ),
         "train text that is no answer": (spans["train"] != 0)
-        & ~np.isin(spans["role"], [int(role) for role in _MAY_BE_TRAINED]),
+        & ~np.isin(spans["role"], [int(role) for role in (*said, Role.EOS, Role.TEXT)]),
     }
     return [
         f"{dataset.path}: sample {owner[wrong][0]}: its spans {rule}"

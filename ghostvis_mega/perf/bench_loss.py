@@ -63,7 +63,9 @@ class _Bench:
             return self.chunk.loss_sum(self.hidden_SBH, self.inputs)
 
 
-def bench_run(size: LayerSize, *, tensor: int, precision: str, device: str) -> RunConfig:
+def bench_run(
+    size: LayerSize, *, tensor: int, precision: str, device: str, ranks_per_gpu: int = 1
+) -> RunConfig:
     """Settings of a model that is little more than its output layer."""
     llm = {
         "num_layers": 1,
@@ -83,7 +85,13 @@ def bench_run(size: LayerSize, *, tensor: int, precision: str, device: str) -> R
             "batch": {"global_size": 1, "micro_size": 1},
             "parallel": {"tensor": tensor, "sequence_parallel": False},
             "deepspeed": {"llm": "unused"},
-            "train": {"steps": 1, "seed": 5, "precision": precision, "device": device},
+            "train": {
+                "steps": 1,
+                "seed": 5,
+                "precision": precision,
+                "device": device,
+                "ranks_per_gpu": ranks_per_gpu,
+            },
             # Where a hang would be reported.
             "log": {"output": Path(tempfile.gettempdir()) / "ghostvis-bench-loss"},
         }

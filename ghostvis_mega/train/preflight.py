@@ -182,7 +182,7 @@ def _blend_problems(cfg: RunConfig, train: datasets.Manifest) -> list[str]:
                 f"{name}={entry.path} was tokenised with another tokenizer than data.train="
                 f"{cfg.data.train}. Ingest it again with the tokenizer of data.train."
             )
-        if other.template.name != train.template.name:
+        if other.template.writes != train.template.writes:
             problems.append(
                 f"{name}={entry.path} uses the chat template {other.template.name}, data.train the "
                 f"template {train.template.name}. Ingest both with the same one."
@@ -222,7 +222,7 @@ def _heldout_problems(
             f"data.heldout={cfg.data.heldout} was tokenised with another tokenizer than data.train="
             f"{cfg.data.train}. Ingest it again with the tokenizer of data.train."
         )
-    if heldout.template.name != train.template.name:
+    if heldout.template.writes != train.template.writes:
         problems.append(
             f"data.heldout={cfg.data.heldout} uses the chat template {heldout.template.name}, "
             f"data.train the template {train.template.name}. Ingest both with the same one."

@@ -76,6 +76,7 @@ def test_changes_without_a_blend_are_refused(make_run):
     [
         ({"tokenizer": b"another"}, "was tokenised with another tokenizer than data.train"),
         ({"template": "plain"}, "uses the chat template plain"),
+        ({"template": "plain-turns"}, "uses the chat template plain-turns"),
         ({"samples": 16}, "is a copy of data.train"),
         ({"trained_tokens": 0}, "has no trained token"),
     ],
@@ -89,6 +90,12 @@ def test_datasets_that_do_not_go_together(blended, make_dataset, tmp_path, chang
         )
     found = preflight_problems(run, world_size=1, device="cpu")
     assert len(found) == 1 and sentence in found[0], found
+
+
+def test_answers_and_all_turns_go_together(blended, make_dataset, tmp_path):
+    run = blended(entries=(("train", 1), ("third", 1)))
+    make_dataset(tmp_path / "third.gvd", samples=30, template="chatml-turns")
+    assert preflight_problems(run, world_size=1, device="cpu") == []
 
 
 def test_a_missing_dataset_is_named(blended):

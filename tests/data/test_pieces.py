@@ -35,11 +35,15 @@ def _chat(number: int, picture: Path) -> Row:
     return Row(f"long/{number}", tuple(turns), (picture, picture))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["chatml", "chatml-turns"])
 def mixed(
-    rows: list[Row], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Row],
+    tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Dataset:
-    """Short conversations, long ones with pictures, short and long documents."""
+    """Short conversations, long ones with pictures, short and long documents; trained are answers
+    or all turns."""
     picture = next(image for row in rows for image in row.images)
     texts = [
         Row(f"text/{n}", (Turn(DOCUMENT, (f"the shape is blue, number {n}. " * (1 + 3 * n),)),))
@@ -47,7 +51,8 @@ def mixed(
     ]
     path = tmp_path_factory.mktemp("pieces") / "mixed.gvd"
     sources = [Source("chat", rows[:30]), Source("long", [_chat(n, picture) for n in range(8)])]
-    ingest([*sources, Source("texts", texts)], tokenizer=tokenizer, path=path)
+    sources.append(Source("texts", texts))
+    ingest(sources, tokenizer=tokenizer, template=request.param, path=path)
     return Dataset.open(path)
 
 
@@ -77,6 +82,7 @@ def _row(dataset: Dataset, meta: SequenceMeta, align: int) -> dict[str, list]:
         trained = np.zeros(len(sample.tokens) + 1, dtype=bool)
         for start, length, _, train, _ in sample.spans.tolist():
             trained[start : start + length] = bool(train)
+        trained[list(sample.image_positions)] = False
         position = 0
         for place in range(first, first + count):
             token = int(sample.tokens[place])

@@ -77,7 +77,7 @@ def conversations(draw: st.DrawFn) -> list[Turn]:
 
 @pytest.mark.parametrize("name", STYLES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_tokens_are_the_answers_and_their_ends(
+def test_trained_tokens_are_what_trained_roles_say_and_their_ends(
     files: dict[str, Path], kind: str, name: str
 ) -> None:
     template = _template(files[kind], name)
@@ -103,7 +103,12 @@ def test_trained_tokens_are_the_answers_and_their_ends(
         assert encoded.tokens.max() < tokenizer.vocab_size
         ends = np.flatnonzero(trained == end)
         said = [tokenizer.decode(part) for part in np.split(trained, ends + 1)]
-        assert said == [*(turn.text for turn in turns if turn.role == "assistant"), ""]
+        style, expected = STYLES[name], [""]
+        for turn in turns:
+            if turn.role == "assistant" or name.endswith("-turns"):
+                expected[-1] += turn.text
+                expected += [""] if style.has_end_token(turn.role) else []
+        assert said == expected
         assert np.flatnonzero(encoded.tokens == image).tolist() == list(encoded.image_positions)
         assert len(encoded.image_positions) == num_images
 

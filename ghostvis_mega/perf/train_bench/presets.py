@@ -315,6 +315,7 @@ _KINDS: dict[str, tuple[Callable[[Size, int, int, Path], Plan], str]] = {
     "vlm-7b": (_vision, "7b"),
     "vlm-1.5b": (_vision, "1.5b"),
     "align-7b": (_align, "7b"),
+    "align-1.5b": (_align, "1.5b"),
     "ablation-7b": (_ablation, "7b"),
     "ablation-1.5b": (_ablation, "1.5b"),
 }
@@ -338,7 +339,9 @@ def preset_plan(name: str, *, processes: int, seq_length: int, data: Path) -> Pl
     if name not in _KINDS:
         raise ConfigError([f"--preset {name} is unknown. Use {', '.join(PRESETS)}."])
     make, size = _KINDS[name]
-    allowed = (1, *SIZES[size].processes) if make is _align else SIZES[size].processes
+    allowed = SIZES[size].processes
+    if make is _align:
+        allowed = tuple(sorted({1, *allowed}))
     if processes not in allowed:
         fitting = " or ".join(map(str, allowed))
         raise ConfigError(
