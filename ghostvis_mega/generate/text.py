@@ -62,7 +62,7 @@ def open_text(path: Path, assets: Assets) -> ModelText:
         assert found.tokenizer is not None
         return TrainingText(found.tokenizer, found.style, found.stops)
     if assets.folder is not None:
-        return HuggingFaceText(assets.folder)
+        return HuggingFaceText(assets.folder, borrowed=True)
     if is_native(path):
         raise CheckpointError(
             f"{path} is a checkpoint, which holds no tokenizer: name the data that it was trained "
@@ -111,9 +111,14 @@ class HuggingFaceText(ModelText):
     """`tokenizer.json` and the chat template of a Hugging Face directory.
 
     As everywhere in that world, text that looks like a special token becomes one.
+
+    Args:
+        folder: It.
+        borrowed: It is not the model's own, so its settings need not name what ends an answer of
+            the model: the token that ends one in its chat template does, as in an export.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, borrowed: bool = False):
         self._folder = folder
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -131,7 +136,10 @@ class HuggingFaceText(ModelText):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values())
         self._chat = HFChat(folder, self._tokenizer)
-        self.stop_tokens = frozenset(self._chat.stops())
+        stops = set(self._chat.stops())
+        if borrowed and (end := self._chat.end_token()) is not None:
+            stops.add(end)
+        self.stop_tokens = frozenset(stops)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The chat template, rendered as stock programs do."""

@@ -267,6 +267,9 @@ def test_a_chat_template_without_pictures_is_for_text_alone(tmp_path: Path):
     # A model of text is asked with that template, and stops where it ends.
     text = with_assets(wide(tmp_path, "llama"), tmp_path / "text", Assets(folder=source))
     assert open_text(text, Assets()).stop_tokens == {IM_END, ENDOFTEXT}
+    # So does the checkpoint that borrows it; a base model alone ends as its settings say.
+    assert open_text(native, Assets(folder=source)).stop_tokens == {IM_END, ENDOFTEXT}
+    assert open_text(source, Assets()).stop_tokens == {ENDOFTEXT}
     (source / "tokenizer_config.json").write_text('{"chat_template": "{{ 1 / 0 }}"}')
     with pytest.raises(DataError, match="its chat template fails: division by zero"):
         with_assets(tmp_path / "llama", tmp_path / "new", Assets(folder=source))

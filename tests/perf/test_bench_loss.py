@@ -76,6 +76,7 @@ def test_a_wrong_gradient_is_seen(groups: Groups, precision: str) -> None:
         (["--size", "64x1001", "--processes", "2"], "does not divide over 2 processes"),
         (["--device", "tpu"], "'tpu' is not auto, cpu or cuda"),
         (["--precision", "fp16"], "'fp16' is not fp32 or bf16"),
+        (["--device", "cpu", "--ranks-per-gpu", "2"], "no GPU to share"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: list[str], said: str) -> None:
