@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.perf.stress_data import write_datasets
 from ghostvis_mega.perf.stress_layouts import LAYOUTS, StressJob, settings_of, write_deepspeed_files
@@ -20,21 +22,28 @@ def drill_job(folder: Path) -> StressJob:
     return StressJob(folder, LAYOUTS[:1], steps=_ENDLESS, seed=0, step_timeout_s=300)
 
 
-def prepare(folder: Path) -> None:
-    """Write the data of a drill into a new folder."""
+def prepare(folder: Path, *, save_every: int) -> Path:
+    """Write data and settings of a drill into a new folder; returns the run's YAML file."""
     job = drill_job(folder)
     write_datasets(folder / "data")
     write_deepspeed_files(job)
+    file = folder / "run.yaml"
+    settings = drill_run(folder, save_every=save_every).model_dump(mode="json")
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return file
 
 
 def drill_run(folder: Path, *, save_every: int) -> RunConfig:
     """Settings of the run: no previews, a checkpoint every `save_every` steps."""
     run = settings_of(LAYOUTS[0], drill_job(folder), steps=_ENDLESS, cuda=False)
-    # Of the smallest model's few milliseconds a step, reading data would be a large share.
+    # Of a smaller run's few milliseconds a step, what lies between steps would be a share that no
+    # real run knows.
     llm = run.model.llm.model_copy(update={"num_layers": 12})
+    batch = run.batch.model_copy(update={"global_size": 2 * run.batch.global_size})
     return run.model_copy(
         update={
             "model": run.model.model_copy(update={"llm": llm}),
+            "batch": batch,
             "log": run.log.model_copy(
                 update={"output": folder / "run", "preview_steps": (), "every": 1000}
             ),

@@ -23,6 +23,23 @@ def test_nobody_collects_inside_and_what_is_there_stays_untouched() -> None:
         gc.unfreeze()
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_without_a_gpu_training_starts_without_the_compiler(inside: bool) -> None:
+    """Outside it is loaded: the control."""
+    code = (
+        "import contextlib, sys, torch; from ghostvis_mega.utils.imports import many_imports\n"
+        "kept, torch.cuda.is_available = torch.compile, lambda: False\n"
+        "with CONTEXT(): import ghostvis_mega.session\n"
+        "print(torch.compile is kept, 'torch._inductor.compile_fx' in sys.modules)"
+    )
+    context = "many_imports" if inside else "contextlib.nullcontext"
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("CONTEXT", context)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", str(not inside)]
+
+
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
