@@ -84,24 +84,15 @@ def piece_trained(dataset: Dataset, samples: np.ndarray, pieces: np.ndarray) -> 
     counts = records["n_spans"].astype(np.int64)
     spans = dataset.spans[ranges(records["span_off"].astype(np.int64), counts)]
     owner = np.repeat(np.arange(len(samples)), counts)
-    begin = spans["start"].astype(np.int64)
-    first, last = pieces[owner, 0] + 1, pieces[owner, 0] + pieces[owner, 1]
-    begin, end = np.maximum(begin, first), np.minimum(begin + spans["len"], last)
-    shared = np.maximum(end - begin, 0) - _images_between(dataset, samples, owner, begin, end)
-    shared = np.where(spans["train"] != 0, shared, 0)
-    return np.bincount(owner, weights=shared, minlength=len(samples)).astype(np.int64)
-
-
-def _images_between(
-    dataset: Dataset, samples: np.ndarray, owner: np.ndarray, begin: np.ndarray, end: np.ndarray
-) -> np.ndarray:
-    """Images among the stored tokens `begin` to `end` of samples, `owner` their places."""
-    places, counts = image_positions(dataset, samples, None)
-    # Places of a later sample are larger than all of an earlier one.
-    step = int(dataset.sample_index["tok_len"][samples].max(initial=0)) + 1
-    places = places + np.repeat(np.arange(len(samples)), counts) * step
-    first, last = (np.searchsorted(places, side + owner * step) for side in (begin, end))
-    return np.maximum(last - first, 0)
+    trained = spans["train"] != 0
+    spans, owner = spans[trained], owner[trained]
+    start = spans["start"].astype(np.int64)
+    begin = np.maximum(start, pieces[owner, 0] + 1)
+    shared = np.minimum(start + spans["len"], pieces[owner].sum(axis=1)) - begin
+    shared = np.maximum(shared, 0)
+    # A picture in a trained turn is no label.
+    _, images = piece_images(dataset, samples[owner], np.stack([begin, shared], axis=1))
+    return np.bincount(owner, weights=shared - images, minlength=len(samples)).astype(np.int64)
 
 
 def cut_gathered(data: Gathered, pieces: np.ndarray) -> Gathered:
