@@ -5,7 +5,7 @@ so that one report can hold all of them.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -67,6 +67,19 @@ class LLMConfig(Section):
     def vocab_tokens(self) -> int:
         """Rows of the vocabulary that stand for a token."""
         return self.vocab_size - self.vocab_padding
+
+
+class TowerKind(NamedTuple):
+    """What all towers of a kind have in common, under the names of Hugging Face's config.json."""
+
+    hidden_act: str
+    layer_norm_eps: float
+
+
+TOWER_KINDS = {
+    "siglip": TowerKind("gelu_pytorch_tanh", 1e-6),
+    "clip": TowerKind("quick_gelu", 1e-5),
+}
 
 
 class VisionConfig(Section):
@@ -216,7 +229,7 @@ class TowerConfig(Section):
     images_per_forward: Positive = 64
     fused: bool = True
     """On GPUs in BF16 the tower's layers are Transformer Engine's kernels around cuDNN's attention,
-    instead of transformers' modules; no effect elsewhere."""
+    instead of PyTorch's operations; no effect elsewhere."""
     window: NonNegative = 0
     """Micro-batches whose pictures are encoded, read and differentiated before those of the next
     ones, so that the activations of so few are there at a time; 0: all of the step. Each window

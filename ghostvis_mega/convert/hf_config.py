@@ -9,7 +9,13 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from ghostvis_mega.config.rules_model import part_problems
-from ghostvis_mega.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from ghostvis_mega.config.schema import (
+    TOWER_KINDS,
+    ConnectorConfig,
+    LLMConfig,
+    ModelConfig,
+    VisionConfig,
+)
 from ghostvis_mega.convert.mapping import Parts
 from ghostvis_mega.utils.errors import CheckpointError
 
@@ -19,11 +25,6 @@ GHOSTVIS_TYPE = "ghostvis_vl"
 """`model_type` of models that bring their code along."""
 
 Config = dict[str, Any]
-_TOWERS = {
-    "siglip": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "model_type": "siglip"},
-    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip"},
-}
-"""What our towers are built with, by kind."""
 _TEXT_DEFAULTS: dict[str, Config] = {
     "qwen2": {
         "vocab_size": 151_936,
@@ -166,8 +167,8 @@ def _llm(config: Mapping[str, Any]) -> LLMConfig:
 
 
 def _vision(config: Mapping[str, Any], kind: str, *, layer: Any) -> VisionConfig:
-    for key in ("hidden_act", "layer_norm_eps"):
-        _same(config, key, _TOWERS[kind][key])
+    for key, value in TOWER_KINDS[kind]._asdict().items():
+        _same(config, key, value)
     _same(config, "num_channels", 3)
     if not isinstance(layer, int) or layer >= 0:
         raise _Wrong(f"vision_feature_layer is {layer!r}; one layer counted from the end is read")
@@ -354,8 +355,7 @@ def _tower_config(parts: Parts, *, dtype: str) -> Config:
         "num_channels": 3,
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
-        "hidden_act": _TOWERS[vision.kind]["hidden_act"],
-        "layer_norm_eps": _TOWERS[vision.kind]["layer_norm_eps"],
+        **TOWER_KINDS[vision.kind]._asdict(),
         "attention_dropout": 0.0,
     }
     if vision.kind == "siglip":

@@ -99,7 +99,7 @@ def fuses_tower(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> 
     """Whether the tower's layers run on Transformer Engine's kernels."""
     fused = run.tower.fused and device.type == "cuda" and dtype == torch.bfloat16
     if run.model.vision is not None:
-        log.info("layers of the tower: %s", "fused" if fused else "transformers' modules")
+        log.info("layers of the tower: %s", "fused" if fused else "PyTorch's operations")
     return fused
 
 

@@ -7,36 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ghostvis_mega.config.schema import ConnectorConfig, ModelConfig, VisionConfig
+from ghostvis_mega.config.schema import ConnectorConfig, ModelConfig
 from ghostvis_mega.model.init import initialize
 from ghostvis_mega.model.vision_layer import FusedLayers
+from ghostvis_mega.model.vision_tower import VisionTower
 
 _PIXEL_STATISTICS = {
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 """Mean and standard deviation of each colour that the published weights were trained with."""
-
-
-def build_tower(vision: VisionConfig) -> nn.Module:
-    """transformers' vision model, random weights, without its pooling head."""
-    sizes = {
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "attn_implementation": "sdpa",
-    }
-    # Here, because a model without pictures need not wait a second for transformers.
-    if vision.kind == "siglip":
-        from transformers import SiglipVisionConfig, SiglipVisionModel
-
-        return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    return CLIPVisionModel(CLIPVisionConfig(**sizes))
 
 
 class Projector(nn.Module):
@@ -124,7 +104,7 @@ class VisionEncoder(nn.Module):
 
     Args:
         model: Sizes.
-        fused: What runs the tower's layers; None: transformers' modules.
+        fused: What runs the tower's layers; None: their modules.
     """
 
     def __init__(self, model: ModelConfig, *, fused: FusedLayers | None = None):
@@ -136,7 +116,7 @@ class VisionEncoder(nn.Module):
         )
         self.config, self.connector_config = vision, connector
         self.tokens_per_image = model.tokens_per_image
-        self.tower = build_tower(vision)
+        self.tower = VisionTower(vision)
         self.resampler: nn.Module = nn.Identity()
         if connector.kind == "avgpool_mlp":
             self.resampler = AveragePool(vision.grid, self.tokens_per_image)
@@ -156,15 +136,10 @@ class VisionEncoder(nn.Module):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Tower parameters that no output depends on."""
-        unused = list(self._tower.encoder.layers[self.num_used_layers :].parameters())
+        unused = list(self.tower.encoder.layers[self.num_used_layers :].parameters())
         if not self.config.post_norm:
-            unused += self._tower.post_layernorm.parameters()
+            unused += self.tower.post_layernorm.parameters()
         return unused
-
-    @property
-    def _tower(self) -> nn.Module:
-        # transformers before 5.6 wraps the tower's parts in `vision_model`.
-        return getattr(self.tower, "vision_model", self.tower)
 
     def initialize(self, seed: int) -> None:
         """Fill the parameters with values that depend on (seed, name) alone."""
@@ -191,16 +166,12 @@ class VisionEncoder(nn.Module):
         return self.projector(self.resampler(self._features(pixels)))
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        tower = self._tower
+        tower = self.tower
         x_NPC = tower.embeddings(pixels)
-        if self.config.kind == "clip":
+        if tower.pre_layrnorm is not None:
             x_NPC = tower.pre_layrnorm(x_NPC)
         for layer in tower.encoder.layers[: self.num_used_layers]:
-            if self.fused is not None:
-                x_NPC = self.fused(layer, x_NPC)
-                continue
-            out = layer(x_NPC, attention_mask=None)
-            x_NPC = out[0] if isinstance(out, tuple) else out
+            x_NPC = layer(x_NPC) if self.fused is None else self.fused(layer, x_NPC)
         if self.config.post_norm:
             x_NPC = tower.post_layernorm(x_NPC)
         return x_NPC[:, 1:] if self.config.kind == "clip" else x_NPC

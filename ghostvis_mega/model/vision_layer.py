@@ -1,6 +1,6 @@
 """A layer of the vision tower as two operations around one attention kernel.
 
-It computes what transformers' SigLIP and CLIP layers compute, from their own parameters: queries,
+It computes what the tower's modules (`vision_tower`) compute, from their own parameters: queries,
 keys and values come out of one matrix product, attention reads and writes without copies, and
 forward and backward of what lies around it are written out here, so that each step can be a kernel
 that does several things at once (`vision_kernels`). Gradients of parameters that have `main_grad`,
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghostvis_mega.model.vision_kernels import LayerKernels
+from ghostvis_mega.model.vision_tower import VisionLayer
 
 
 class Settings(NamedTuple):
@@ -156,20 +157,20 @@ def _attention_kernels(device: torch.device) -> AbstractContextManager:
 
 
 class FusedLayers:
-    """Runs layers of transformers' SigLIP and CLIP towers by the functions above."""
+    """Runs layers of SigLIP and CLIP towers by the functions above."""
 
     def __init__(self, kernels: LayerKernels):
         self.kernels = kernels
 
-    def __call__(self, layer: nn.Module, x_NPC: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: VisionLayer, x_NPC: torch.Tensor) -> torch.Tensor:
         """One layer: [N, P, C].
 
         Args:
-            layer: transformers' module, for its parameters and settings.
+            layer: For its parameters and settings.
             x_NPC: Hidden states.
         """
         attention, mlp = layer.self_attn, layer.mlp
-        settings = Settings(layer.layer_norm1.eps, attention.config.hidden_act)
+        settings = Settings(layer.layer_norm1.eps, mlp.activation)
         products = (attention.q_proj, attention.k_proj, attention.v_proj)
         first = _parameters(layer.layer_norm1, *products)
         second = _parameters(attention.out_proj, layer.layer_norm2, mlp.fc1, mlp.fc2)

@@ -73,7 +73,7 @@ def test_sums_of_the_gemm_go_to_an_optimizer_on_the_host(
     assert row["norms"] != measured[f"stage {stage} on the host"]["norms"]
 
 
-def test_the_fused_tower_trains_as_transformers_modules(measured: dict[str, Any]) -> None:
+def test_the_fused_tower_trains_as_its_modules(measured: dict[str, Any]) -> None:
     plain, fused = measured["stage 2"], measured["fused tower"]
     assert fused["losses"] == pytest.approx(plain["losses"], rel=2e-3)
     assert fused["norms"] == pytest.approx(plain["norms"], rel=5e-3)

@@ -1,5 +1,7 @@
 """The vision side against transformers' towers, projector and whole LLaVA."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from ghostvis_mega.config.schema import ConnectorConfig, ModelConfig
 from ghostvis_mega.model.vision import AveragePool, PerceiverResampler, VisionEncoder
+from ghostvis_mega.model.vision_tower import VisionTower
 from tests.model.llm_cases import llm_config
 
 TOWER = {
@@ -71,7 +74,7 @@ def stock_tower(encoder: VisionEncoder) -> torch.nn.Module:
         "num_attention_heads": vision.num_heads,
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
-        "attn_implementation": "eager",
+        "attn_implementation": "sdpa",
     }
     if vision.kind == "siglip":
         stock = SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
@@ -120,6 +123,70 @@ def test_features_equal_transformers(choice: str) -> None:
             if name != choice and settings.get("kind") == tower.get("kind"):
                 wrong = other(out, stock.post_layernorm)
                 assert (wrong - features).abs().max() > 1e-2
+
+
+def gradients(tower: torch.nn.Module, embeddings_NPC: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of all parameters that had a part in these embeddings."""
+    tower.zero_grad()
+    generator = torch.Generator().manual_seed(6)
+    embeddings_NPC.backward(torch.randn(embeddings_NPC.shape, generator=generator))
+    return {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+
+
+def both_ways(encoder: VisionEncoder) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Embeddings after the last layer and gradients: ours, transformers'."""
+    stock = stock_tower(encoder)
+    pixels = standardised(random_pixels(), encoder.config.kind)
+    found = []
+    for tower, x_NPC in (
+        (encoder.tower, encoder._features(pixels)),
+        (stock, stock(pixels, output_hidden_states=True).hidden_states[-1]),
+    ):
+        x_NPC = x_NPC[:, -encoder.config.num_patches :]
+        found.append((x_NPC.detach(), gradients(tower, x_NPC)))
+    return found
+
+
+def differing(encoder: VisionEncoder) -> set[str]:
+    """What has not the same bits."""
+    (mine, my_gradients), (theirs, their_gradients) = both_ways(encoder)
+    names = {"embeddings"} if not torch.equal(mine, theirs) else set()
+    assert my_gradients.keys() == their_gradients.keys()
+    return names | {n for n, g in my_gradients.items() if not torch.equal(g, their_gradients[n])}
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_the_tower_is_that_of_transformers_bit_by_bit(kind: str) -> None:
+    encoder = make_encoder(kind=kind)
+    assert differing(encoder) == set()
+    towers = encoder.tower, stock_tower(encoder)
+    ours, theirs = ({n: p.shape for n, p in tower.named_parameters()} for tower in towers)
+    assert ours == theirs
+
+
+def swap_activation(tower: VisionTower) -> None:
+    for layer in tower.encoder.layers:
+        layer.mlp.activation = (
+            "quick_gelu" if layer.mlp.activation != "quick_gelu" else "gelu_pytorch_tanh"
+        )
+
+
+def swap_eps(tower: VisionTower) -> None:
+    for layer in tower.encoder.layers:
+        layer.layer_norm1.eps = 1e-5 if layer.layer_norm1.eps == 1e-6 else 1e-6
+
+
+def swap_heads(tower: VisionTower) -> None:
+    for layer in tower.encoder.layers:
+        layer.self_attn.num_heads = 2
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("change", [swap_activation, swap_eps, swap_heads])
+def test_another_tower_would_be_seen(kind: str, change: Callable[[VisionTower], None]) -> None:
+    encoder = make_encoder(kind=kind)
+    change(encoder.tower)
+    assert "embeddings" in differing(encoder)
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip"])

@@ -1,4 +1,4 @@
-"""The tower's fused layers against transformers' own."""
+"""The tower's fused layers against its modules."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +71,7 @@ PLAIN = FusedLayers(PlainKernels())
 
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 @pytest.mark.parametrize(("images", "bar"), [(3, BAR), (1, 10 * BAR)])
-def test_fused_layers_are_those_of_transformers(kind: str, images: int, bar: float) -> None:
+def test_fused_layers_are_those_of_the_modules(kind: str, images: int, bar: float) -> None:
     """The sums of a single picture's gradients cancel further."""
     truth = outcome(encoder(kind), images)
     assert sum(name.startswith("tower.") for name in truth) > (40 if kind == "siglip" else 30)
