@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,15 +37,33 @@ def groups() -> "Iterator[Groups]":
     """Process groups of size one in the test process, which Megatron-Core's layers want even alone;
     they are gone after the module's tests."""
     import torch
-    import torch.distributed as dist
 
     from ghostvis_mega.parallel.cpu_shim import apply_cpu_shim
-    from ghostvis_mega.parallel.groups import build_groups, destroy_groups
-    from ghostvis_mega.parallel.plan import Degrees
 
     if torch.cuda.is_available():
         pytest.skip("tests the CPU layers; run with CUDA_VISIBLE_DEVICES='' on this machine")
     apply_cpu_shim()
+    with _groups_of_one() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def gpu_groups() -> "Iterator[Groups]":
+    """The same for tests marked `gpu`, on the first GPU; nothing is sent there."""
+    import torch
+
+    torch.cuda.set_device(0)
+    with _groups_of_one() as made:
+        yield made
+
+
+@contextmanager
+def _groups_of_one() -> "Iterator[Groups]":
+    import torch.distributed as dist
+
+    from ghostvis_mega.parallel.groups import build_groups, destroy_groups
+    from ghostvis_mega.parallel.plan import Degrees
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     degrees = Degrees(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1)
     try:

@@ -57,36 +57,36 @@ def worst(one: Outcome, other: Outcome) -> float:
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
 @pytest.mark.parametrize("rows", [256, 300, 1000])
-def test_loss_and_gradients_are_exact(groups: Groups, dtype: torch.dtype, rows: int) -> None:
+def test_loss_and_gradients_are_exact(gpu_groups: Groups, dtype: torch.dtype, rows: int) -> None:
     case = make_case(rows=600, hidden=128, dtype=dtype)
     truth = plain_outcome(case, dtype=torch.float64)
-    assert worst(fused(case, groups, rows=rows), truth) <= BARS[dtype]
+    assert worst(fused(case, gpu_groups, rows=rows), truth) <= BARS[dtype]
     case.labels_R += 1
-    assert worst(fused(case, groups, rows=rows), truth) > 0.1
+    assert worst(fused(case, gpu_groups, rows=rows), truth) > 0.1
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
-def test_the_fused_kernels_are_pytorchs(groups: Groups, dtype: torch.dtype) -> None:
+def test_the_fused_kernels_are_pytorchs(gpu_groups: Groups, dtype: torch.dtype) -> None:
     assert type(default_kernels(GPU)).__name__ == "TritonLossKernels"
     case = make_case(rows=600, hidden=128, dtype=dtype)
-    ours, theirs = fused(case, groups), fused(case, groups, kernels=TorchLossKernels())
+    ours, theirs = fused(case, gpu_groups), fused(case, gpu_groups, kernels=TorchLossKernels())
     assert worst(ours, theirs) <= (1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_equal_input_gives_equal_bits(groups: Groups) -> None:
+def test_equal_input_gives_equal_bits(gpu_groups: Groups) -> None:
     case = make_case(rows=600, hidden=128, dtype=torch.bfloat16)
-    first, second = fused(case, groups), fused(case, groups)
+    first, second = fused(case, gpu_groups), fused(case, gpu_groups)
     assert all(torch.equal(a, b) for a, b in zip(parts(first), parts(second), strict=True))
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
 def test_the_sum_of_micro_batches_gets_the_same_gradient(
-    groups: Groups, dtype: torch.dtype
+    gpu_groups: Groups, dtype: torch.dtype
 ) -> None:
     case = make_case(rows=600, hidden=128, dtype=dtype)
     truth = plain_outcome(case, dtype=torch.float64)
     # Ones that come and go cost a few bits.
-    assert worst(fused(case, groups, straight=True), truth) <= max(BARS[dtype], 2e-5)
+    assert worst(fused(case, gpu_groups, straight=True), truth) <= max(BARS[dtype], 2e-5)
 
 
 def test_rows_of_the_embedding_add_up_in_the_same_order_each_time() -> None:

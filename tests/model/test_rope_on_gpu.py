@@ -1,12 +1,10 @@
 """A GPU: Transformer Engine's kernel, and a model with it, against Megatron-Core's own steps."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.model import rope
@@ -14,6 +12,7 @@ from ghostvis_mega.model.inputs import ModelInput, model_input
 from ghostvis_mega.model.llm import LLMChunk
 from ghostvis_mega.model.megatron import BlockLayout, transformer_config
 from ghostvis_mega.model.rope import Angles, split_and_rotate, split_and_rotate_plain
+from ghostvis_mega.parallel.groups import Groups
 from tests.model.llm_cases import llm_config, make_pack, make_rows
 
 pytestmark = pytest.mark.gpu
@@ -82,22 +81,6 @@ def test_the_kernel_is_the_plain_one(
     assert torch.equal(swapped[2].cpu(), truth[2])
 
 
-@pytest.fixture(scope="module", name="alone")
-def _alone() -> Iterator[object]:
-    """Groups of size one, in which nothing on the GPU is sent."""
-    from ghostvis_mega.parallel.groups import build_groups, destroy_groups
-    from ghostvis_mega.parallel.plan import Degrees
-
-    torch.cuda.set_device(GPU)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    degrees = Degrees(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1)
-    try:
-        yield build_groups(degrees, seed=1).megatron
-    finally:
-        destroy_groups()
-        dist.destroy_process_group()
-
-
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(8, 500, shape, generator=torch.Generator().manual_seed(2))
 
@@ -134,23 +117,23 @@ def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple
 # Megatron-Core and Transformer Engine warn of much on a GPU that is not of this test.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("batch", [pack, rows])
-def test_a_model_equals_megatrons_steps(alone: object, batch: type) -> None:
-    truth = outcome(alone, batch(), fused=False)
+def test_a_model_equals_megatrons_steps(gpu_groups: Groups, batch: type) -> None:
+    truth = outcome(gpu_groups.megatron, batch(), fused=False)
     with mock.patch.object(rope, "split_and_rotate", wraps=split_and_rotate) as split:
-        found = outcome(alone, batch(), fused=True)
+        found = outcome(gpu_groups.megatron, batch(), fused=True)
     assert split.call_count == 3
     # Each is BF16's own noise away from the truth, 1.2e-2, some parameters 1.4 times as far.
     assert worst(found, truth) <= (5e-2, "")
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_comparison_of_models_sees_keys_that_do_not_restart(alone: object) -> None:
+def test_the_comparison_of_models_sees_keys_that_do_not_restart(gpu_groups: Groups) -> None:
     right = LLMChunk._rotary
 
     def broken(chunk: LLMChunk, inputs: ModelInput) -> Angles:
         running = torch.arange(inputs.positions_BW.shape[1], device=GPU)
         return right(chunk, inputs), right(chunk, replace(inputs, positions_BW=running[None]))
 
-    truth = outcome(alone, pack(), fused=False)
+    truth = outcome(gpu_groups.megatron, pack(), fused=False)
     with mock.patch.object(LLMChunk, "_rotary", broken):
-        assert worst(outcome(alone, pack(), fused=True), truth) > (0.1, "")
+        assert worst(outcome(gpu_groups.megatron, pack(), fused=True), truth) > (0.1, "")

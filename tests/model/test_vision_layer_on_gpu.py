@@ -47,7 +47,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 @pytest.mark.parametrize(("images", "bar"), [(5, 1.5), (1, 3.0)])
-def test_fused_layers_round_no_more_than_pytorchs_operations(kind: str, images: int, bar: float) -> None:
+def test_fused_layers_round_no_more_than_plain_ones(kind: str, images: int, bar: float) -> None:
     """The worst parameter's rounding in a single picture is mostly chance."""
     mine = as_fp32(outcome(fused(kind), images))
     truth = as_fp32(outcome(on_gpu(encoder(kind), torch.float32), images))
