@@ -8,6 +8,8 @@ of what a rank needs to start on a CPU.
 Shape legend: N images, P patches and CLIP's class token, C tower width, h heads, d head width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,11 +39,13 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention within each image."""
+    """Full attention within each image, by `attend`: queries, keys and values [N, h, P, d] to the
+    same."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -50,7 +54,7 @@ class VisionAttention(nn.Module):
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
         """[N, P, C] -> [N, P, C]."""
         q, k, v = (self._heads(part(x_NPC)) for part in (self.q_proj, self.k_proj, self.v_proj))
-        attended_NhPd = F.scaled_dot_product_attention(q, k, v)
+        attended_NhPd = self.attend(q, k, v)
         return self.out_proj(attended_NhPd.transpose(1, 2).flatten(2))
 
     def _heads(self, x_NPC: torch.Tensor) -> torch.Tensor:

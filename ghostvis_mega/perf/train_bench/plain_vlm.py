@@ -89,6 +89,15 @@ def plain_input(
     )
 
 
+def eager_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as transformers' `eager` has it: all scores in memory, their softmax in fp32.
+
+    Queries, keys and values are [N, h, P, d], and so is what comes out.
+    """
+    scores_NhPP = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores_NhPP.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
 class PlainVLM(nn.Module):
     """Vision encoder and LLM in one module, as transformers' LLaVA joins them.
 
@@ -121,7 +130,9 @@ class PlainVLM(nn.Module):
         self.encoder = build_encoder(run, device=device, dtype=dtype)
         parts: dict[str, nn.Module] = {"llm": self.llm}
         if self.encoder is not None:
-            self.encoder.tower.set_attn_implementation(attention)
+            if attention == "eager":
+                for layer in self.encoder.tower.encoder.layers:
+                    layer.self_attn.attend = eager_attention
             parts |= {
                 "vision": self.encoder.tower,
                 "resampler": self.encoder.resampler,

@@ -16,6 +16,7 @@ from ghostvis_mega.engine.build import build_chunks
 from ghostvis_mega.model.flops import batch_flops
 from ghostvis_mega.perf.synthetic_data import write_synthetic
 from ghostvis_mega.perf.train_bench.execute import build_trainer
+from ghostvis_mega.perf.train_bench.plain_vlm import PlainVLM, eager_attention
 from ghostvis_mega.perf.train_bench.results import StepRecord
 from ghostvis_mega.perf.train_bench.trace import traced_step
 from ghostvis_mega.perf.train_bench.trace_reading import read_step
@@ -237,6 +238,21 @@ def test_one_tower_call_or_many_is_the_same_model(
 ) -> None:
     hf, naive = ([r.loss for r in with_pictures[kind]] for kind in ("hf", "naive"))
     assert hf == pytest.approx(naive, abs=2e-4)
+
+
+def test_only_the_naive_baselines_tower_is_eager(easy_vqa: Path, tmp_path: Path) -> None:
+    run = make_run(easy_vqa / "train.gvd", tmp_path, "data.packing=false")
+    found = {
+        attention: PlainVLM(run, dtype=torch.float32, device=CPU, attention=attention).encoder
+        for attention in ("eager", "sdpa")
+    }
+    pixels_N3hw = torch.randint(0, 256, (2, 3, *2 * (run.model.vision.image_size,)))
+    for attention, encoder in found.items():
+        for layer in encoder.tower.encoder.layers:
+            assert (layer.self_attn.attend is eager_attention) == (attention == "eager")
+    with torch.no_grad():
+        eager, sdpa = (encoder(pixels_N3hw.to(torch.uint8)) for encoder in found.values())
+    torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_is_traced(text: Path, tmp_path: Path, groups: "Groups") -> None:
