@@ -144,7 +144,15 @@ def test_settings_and_checks_do_not_import_torch():
 
 def test_training_does_not_import_transformers():
     """Which reads 3,000 files: a third of a start on a CPU."""
-    found = heavy_after("import ghostvis_mega.session")
+    found = heavy_after(
+        "import torch, ghostvis_mega.session; "
+        "from ghostvis_mega.config.load import load_run_config; "
+        "from ghostvis_mega.engine.build import build_encoder; "
+        "run = load_run_config('examples/configs/vlm_tiny_easyvqa.yaml', []); "
+        "made = build_encoder(run, device=torch.device('cpu'), dtype=torch.float32); "
+        "size = run.model.vision.image_size; "
+        "made(torch.zeros(1, 3, size, size, dtype=torch.uint8)).sum().backward()"
+    )
     assert {"torch", "megatron", "deepspeed"} <= set(found)
     assert "transformers" not in found
 

@@ -21,9 +21,8 @@ from ghostvis_mega.model.loss_kernels import LossKernels, TorchLossKernels
 
 CHUNK_BYTES = 5 * 1024**3 // 4
 """Scores that are held at a time. Each chunk reads and writes the fp32 gradient of the weight, so
-that many small ones would cost time: these are 4,096 rows and more of a vocabulary of 152k in BF16,
-with which the operation takes 2 to 4 % less time on an H100 than with 2,752, and 1 to 3 % more
-than with twice as many at 7B."""
+that many small ones would cost time: these are 4,096 rows and more of a vocabulary of 152k in
+BF16."""
 
 _ROWS_MULTIPLE = 64
 """Rows of a chunk, where it has as many: what matrix kernels like."""

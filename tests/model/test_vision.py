@@ -64,7 +64,7 @@ def random_pixels(count: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
 
 
-def stock_tower(encoder: VisionEncoder) -> torch.nn.Module:
+def stock_tower(encoder: VisionEncoder, *, attention: str = "eager") -> torch.nn.Module:
     """transformers' model with the encoder's tower weights."""
     vision = encoder.config
     sizes = {
@@ -74,7 +74,7 @@ def stock_tower(encoder: VisionEncoder) -> torch.nn.Module:
         "num_attention_heads": vision.num_heads,
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention,
     }
     if vision.kind == "siglip":
         stock = SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
@@ -135,7 +135,7 @@ def gradients(tower: torch.nn.Module, embeddings_NPC: torch.Tensor) -> dict[str,
 
 def both_ways(encoder: VisionEncoder) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Embeddings after the last layer and gradients: ours, transformers'."""
-    stock = stock_tower(encoder)
+    stock = stock_tower(encoder, attention="sdpa")
     pixels = standardised(random_pixels(), encoder.config.kind)
     found = []
     for tower, x_NPC in (
