@@ -25,7 +25,7 @@ from ghostvis_mega.perf.certify.compare import beside_noise
 from ghostvis_mega.perf.certify.gpu_faults import GPU_FAULTS
 from ghostvis_mega.perf.certify.gpu_layouts import LAYOUTS as GPU_LAYOUTS
 from ghostvis_mega.perf.certify.own_settings import checked, load_own, not_read
-from ghostvis_mega.perf.certify.report import Outcome, exit_code, markdown, summary
+from ghostvis_mega.perf.certify.report import Outcome, brief, exit_code, markdown, summary
 from ghostvis_mega.perf.certify.request import Entry, Request, own_entries
 from ghostvis_mega.perf.certify.truth import Truth
 from ghostvis_mega.utils.launch import EXIT_HANG, device_environment
@@ -211,6 +211,16 @@ def drive_with(
     request = Request(set="cpu", entries=entries, steps=3, folder=folder)
     found = drive.certify(request, device="cpu", progress=lambda text: None)
     return launches, {entry.name: outcome for entry, outcome in found.items()}
+
+
+def test_what_came_out_is_told_layout_by_layout() -> None:
+    layer = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert brief(Outcome("a", row=GOOD)) == f"a: fine, gradient 1.0e-07, worst {layer}, 1.0 s"
+    off = GOOD | {"norm_error": 1e-3}
+    assert brief(Outcome("a", row=off)).startswith("a: RED, gradient 1.0e-07")
+    worst_of = "tower.encoder.layers.1.layer_norm2.bias (1.4 x)"
+    told = f"b: fine, gradient 1.30e-02 (1.08 x noise), worst {worst_of}, 1.0 s"
+    assert brief(Outcome("b", row=ROUNDED)) == told
 
 
 def test_a_layout_that_raises_is_red_and_the_others_go_on(
@@ -401,4 +411,6 @@ def test_a_run_of_ones_own(easy_vqa: Path, tmp_path: Path) -> None:
     assert [row["ok"] for row in rows if re.search("^DP3: not run", row["name"])] == [None]
     kept = (tmp_path / "kept" / "table.md").read_text()
     assert "3 of 4 layouts fine, 1 not run" in kept
+    told = re.findall("^certify: (.*): fine, gradient", done.stderr, re.MULTILINE)
+    assert len(told) == 3, "each layout's verdict is told when it is known"
     assert not (tmp_path / "run").exists(), "a certificate writes nothing where the run would"

@@ -14,6 +14,7 @@ from ghostvis_mega.perf.certify.lab import Case, Lab
 from ghostvis_mega.perf.certify.own import own_cases
 from ghostvis_mega.perf.certify.own_settings import load_own
 from ghostvis_mega.perf.certify.problem import run_of
+from ghostvis_mega.perf.certify.report import Outcome, brief
 from ghostvis_mega.perf.certify.request import SETS, Entry, Request
 
 
@@ -45,7 +46,8 @@ def measure_all(
         request: Of this launch.
         groups: Of the open world.
         device: Of this process.
-        progress: Told what is being done.
+        progress: Told what is being done, and what came out, so that a set that is cut short has
+            said as much as it knew.
         alive: Told of every step, and of every row of a reference.
 
     Returns:
@@ -65,6 +67,7 @@ def measure_all(
         row = lab.measure(case) if fault is None else measure_broken(lab, fault)
         if dist.get_rank() == 0:
             journal.end(entry, row)
+        progress(brief(Outcome(entry.name, row=row, fault=fault)))
         rows.append(row)
     return rows
 

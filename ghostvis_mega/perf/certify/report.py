@@ -149,6 +149,12 @@ def cells(outcome: Outcome) -> list[str]:
     return [name, gradient, where, *numbers, f"{row['seconds']:.1f}", verdict]
 
 
+def brief(outcome: Outcome) -> str:
+    """What came out, in one line."""
+    name, gradient, where, *_, seconds, verdict = cells(outcome)
+    return f"{name}: {verdict}, gradient {gradient}, worst {where}, {seconds} s"
+
+
 COLUMNS = ("layout", "gradient", "worst parameter", "loss", "weights", "update", "norm", "s", "")
 
 
