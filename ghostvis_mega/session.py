@@ -197,8 +197,10 @@ class Training:
         run, groups = self.run, self.world.groups
         goodput, alive = self.account(), self.world.watchdog.alive
         alive("building the model")
-        engine = TrainEngine(run, groups, device=self.world.device)
         train = Dataset.open(run.data.train)
+        feed = Feed(run, groups, train)
+        pictures = feed.most_pictures() if run.train.recompute == "auto" else None
+        engine = TrainEngine(run, groups, device=self.world.device, pictures=pictures)
         heldout = Dataset.open(run.data.heldout) if run.data.heldout is not None else None
         store = CheckpointStore(
             run.log.output / "checkpoints",
@@ -206,7 +208,6 @@ class Training:
             lease=lease,
             progress=self.world.watchdog.progress,
         )
-        feed = Feed(run, groups, train)
         guards = Guards(run, places=groups.places, rank=groups.rank)
         state = RunState(store=store, engine=engine, feed=feed, guards=guards)
         alive("the restore")

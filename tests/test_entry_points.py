@@ -36,7 +36,7 @@ data:
 batch: {{global_size: {packs}}}
 optim: {{schedule: constant, lr: {{llm: 1.0e-3, vision: 1.0e-3, projector: 1.0e-3}}}}
 deepspeed: {{llm: ds_configs/zero1.json}}
-train: {{steps: 2, device: cpu, timeout_s: 60}}
+train: {{steps: 2, device: cpu, timeout_s: 60, recompute: auto}}
 log: {{output: {folder}/run, preview_steps: [0, 2], preview_samples: 8}}
 """
 

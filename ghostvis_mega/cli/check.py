@@ -1,6 +1,7 @@
 """`ghostvis check`: settings against all rules, and the plan they make."""
 
 import json
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,14 @@ from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.config.rules import Device
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.config.sizes import checkpoint_bytes, parameter_counts
+from ghostvis_mega.data.manifest import read_manifest
+from ghostvis_mega.engine.memory import (
+    MODES,
+    most_pictures,
+    predict,
+    rows_at_a_time,
+    unpredictable,
+)
 from ghostvis_mega.parallel.plan import Degrees
 from ghostvis_mega.train.preflight import load_checked
 from ghostvis_mega.utils.errors import ConfigError
@@ -120,11 +129,34 @@ def _plan(run: RunConfig, *, world_size: int) -> dict[str, Any]:
             if resolved.offload
         },
         "checkpoint_bytes": checkpoint_bytes(run),
+        "gpu_memory": _gpu_memory(run, world_size=world_size),
         "precision": run.train.precision,
         "steps": run.train.steps,
         "output": str(run.log.output),
         "notes": rules.find_notes(run, world_size=world_size),
     }
+
+
+def _gpu_memory(run: RunConfig, *, world_size: int) -> dict[str, Any] | None:
+    """What a GPU would need in each mode of activation checkpointing; None where nobody can tell,
+    or on CPUs."""
+    if run.train.device == "cpu" or unpredictable(run, world_size=world_size):
+        return None
+    pictures = _usual_pictures(run, world_size=world_size)
+    modes = {}
+    for mode in MODES:
+        need = predict(run, mode, world_size=world_size, pictures=pictures)
+        modes[mode] = asdict(need) | {"total": need.total}
+    return {"pictures": pictures, "bytes": modes}
+
+
+def _usual_pictures(run: RunConfig, *, world_size: int) -> int:
+    """About how many a rank encodes at a time: the share of them in all of data.train."""
+    counts = read_manifest(run.data.train).counts
+    positions = counts.tokens + counts.images * (run.model.tokens_per_image - 1)
+    together = rows_at_a_time(run, world_size=world_size) * run.data.seq_length
+    usual = -(-counts.images * together // (positions * world_size)) if positions else 0
+    return min(usual, most_pictures(run, world_size=world_size))
 
 
 def _host_bytes(run: RunConfig, *, engine: str, stage: int, world_size: int) -> int:
@@ -162,11 +194,27 @@ def _show(run: RunConfig, plan: dict[str, Any]) -> None:
     size, keep = plan["checkpoint_bytes"] / 1e9, run.checkpoint.keep
     room = f"{size:,.3g} GB each, {size * (keep + 1):,.3g} GB for {keep} and the one being written"
     table.add_row("checkpoints", room)
+    if plan["gpu_memory"] is not None:
+        _add_memory(table, plan["gpu_memory"], chosen=run.train.recompute)
     table.add_row("output", str(run.log.output))
     console.print(table)
     for note in plan["notes"]:
         console.print(f"Note: {note}", markup=False)
     console.print("No problems found.")
+
+
+def _add_memory(table: Table, memory: dict[str, Any], *, chosen: str) -> None:
+    """A line for each mode of activation checkpointing, parts for the one that is set."""
+    pictures = memory["pictures"]
+    shown = f", with {pictures} pictures encoded at a time" if pictures else ""
+    words = "the first of these that fits" if chosen == "auto" else chosen
+    table.add_row("memory of a GPU", f"about, train.recompute: {words}{shown}")
+    for mode, parts in memory["bytes"].items():
+        line = f"{parts['total'] / 2**30:,.1f} GiB"
+        if mode == chosen:
+            held = (f"{name} {size / 2**30:,.1f}" for name, size in parts.items() if size)
+            line += f" = {' + '.join(text for text in held if not text.startswith('total'))}"
+        table.add_row(f"  {mode}", line)
 
 
 def _layers_line(layout: dict[str, Any]) -> str:

@@ -282,8 +282,9 @@ class TrainConfig(Section):
     """Ranks that share one GPU, NCCL taking each for a machine of its own: to try or to prove a
     layout on fewer GPUs than it is for. Slow."""
     freeze: tuple[Module, ...] = ()
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation checkpointing of the LLM: nothing, the MLP of each layer, or whole layers."""
+    recompute: Literal["none", "selective", "full", "auto"] = "none"
+    """Activation checkpointing of the LLM: nothing, the MLP of each layer, or whole layers. `auto`
+    takes the first of them whose predicted memory fits the GPUs (`ghostvis check` prints it)."""
     fused_wgrad: bool = True
     """On GPUs in BF16 with ZeRO stage 1 or 2, the LLM's matrix products add weight gradients to
     fp32 sums themselves, instead of handing each micro-batch's to autograd; no effect elsewhere."""

@@ -23,8 +23,10 @@ from ghostvis_mega.engine.finish import (
     sum_sequence_parallel_gradients,
     sum_tied_gradients,
 )
+from ghostvis_mega.engine.memory import most_pictures
 from ghostvis_mega.engine.optimizer import lr_factor
 from ghostvis_mega.engine.pipeline import Picture, Work, run_training_schedule
+from ghostvis_mega.engine.recompute import settle_recompute
 from ghostvis_mega.engine.vision import VisionRunner
 from ghostvis_mega.model.dropout import Draw
 from ghostvis_mega.model.inputs import model_input
@@ -90,9 +92,21 @@ class TrainEngine:
         run: Settings, already checked.
         groups: Of this rank.
         device: Of this rank.
+        pictures: Most that a rank encodes at a time, for `train.recompute=auto`; None: unknown.
     """
 
-    def __init__(self, run: RunConfig, groups: Groups, *, device: torch.device):
+    def __init__(
+        self,
+        run: RunConfig,
+        groups: Groups,
+        *,
+        device: torch.device,
+        pictures: int | None = None,
+    ):
+        if run.train.recompute == "auto":
+            if pictures is None:
+                pictures = most_pictures(run, world_size=groups.degrees.world_size)
+            run = settle_recompute(run, groups, device=device, pictures=pictures)
         self.run, self.groups, self.device = run, groups, device
         self.parts: Parts = build_parts(run, groups, device=device)
         self.timer = SectionTimer(device)

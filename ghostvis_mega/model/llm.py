@@ -23,7 +23,8 @@ from ghostvis_mega.model.dropout import ATTENTION, EMBEDDING, drop
 from ghostvis_mega.model.embedding import NOWHERE, embed
 from ghostvis_mega.model.init import initialize
 from ghostvis_mega.model.inputs import ModelInput
-from ghostvis_mega.model.loss import CHUNK_BYTES, LossTargets, head_loss
+from ghostvis_mega.model.loss import LossTargets, head_loss
+from ghostvis_mega.model.loss_chunks import CHUNK_BYTES
 from ghostvis_mega.model.megatron import Backend, block_spec
 from ghostvis_mega.model.shards import canonical_name
 

@@ -125,6 +125,8 @@ def transformer_config(
 
 _RECOMPUTE_SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
+    # Whoever trains has settled it (engine/recompute.py); here is a reference, or answers alone.
+    "auto": {},
     # Fused attention keeps no scores, so running it again would cost time and save nothing; the
     # MLP's wide activations are most of what a layer holds.
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},

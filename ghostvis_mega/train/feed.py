@@ -24,6 +24,9 @@ from ghostvis_mega.parallel.image_rows import ImageRows, image_rows
 from ghostvis_mega.parallel.windows import PictureWindow, cut_windows
 from ghostvis_mega.utils.errors import DataError
 
+_LOOK_AHEAD = 32
+"""Steps in which pictures are counted before a run."""
+
 
 def blend_weights(data: DataConfig) -> BlendWeights | None:
     """The weights as the settings state them; None with one dataset."""
@@ -126,6 +129,23 @@ class Feed:
             num_images=len(batch.image_ids),
             trained=self.run.trained_modules,
         )
+
+    def most_pictures(self) -> int:
+        """Most that any rank encodes at a time (`tower.window`) in the first steps, and a tenth
+        more, as later packs may hold; no picture is read."""
+        most, ranks = 0, len(self.groups.places)
+        for step in range(min(_LOOK_AHEAD, self.run.train.steps)):
+            replicas = self.source.global_batch(step).replicas
+            for part in cut_windows(len(replicas[0]), self.run.tower.window):
+                shown = {
+                    image
+                    for replica in replicas
+                    for micro in replica[part]
+                    for row in micro
+                    for image in row.image_ids
+                }
+                most = max(most, -(-len(shown) // ranks))
+        return -(-most * 11 // 10)
 
     def own_images(self, dispatch: ImageDispatch, wanted: list[list[int]]) -> Sequence[int]:
         """The pictures that this rank decodes: those that it encodes, ascending.

@@ -15,6 +15,7 @@ from ghostvis_mega.config.load import read_run_config
 from ghostvis_mega.config.rules import Device
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data import manifest as datasets
+from ghostvis_mega.engine.memory import refusal, unpredictable
 from ghostvis_mega.utils.determinism import environment_problems
 from ghostvis_mega.utils.errors import ConfigError
 from ghostvis_mega.utils.files import sha256_file
@@ -73,6 +74,7 @@ def find_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[st
         *_data_problems(cfg),
         *_output_problems(cfg),
         *_gpu_problems(cfg, device=device),
+        *_memory_problems(cfg, world_size=world_size, device=device),
         *(environment_problems(os.environ) if cfg.train.deterministic else ()),
     ]
 
@@ -94,6 +96,14 @@ def _gpu_problems(cfg: RunConfig, *, device: Device) -> list[str]:
             "or 3."
         )
     return problems
+
+
+def _memory_problems(cfg: RunConfig, *, world_size: int, device: Device) -> list[str]:
+    """A choice by memory that nobody can make."""
+    if device != "cuda" or cfg.train.recompute != "auto":
+        return []
+    why = unpredictable(cfg, world_size=world_size)
+    return [refusal(why)] if why else []
 
 
 def _data_problems(cfg: RunConfig) -> list[str]:

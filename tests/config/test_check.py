@@ -90,6 +90,37 @@ def test_the_plan_as_json(run_file):
     assert done.returncode == 2 and not answer["ok"] and len(answer["problems"]) == 1
 
 
+def test_the_plan_tells_the_memory_of_a_gpu(run_file, tmp_path):
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    on_gpu = (
+        "train.precision=bf16",
+        f"deepspeed.llm={tmp_path / 'zero2.json'}",
+        "train.recompute=auto",
+        "train.device=cuda",
+        "model.vision.image_size=32",
+    )
+    done, _ = run_check(run_file, *on_gpu)
+    assert done.returncode == 0, done.stderr
+    assert "train.recompute: the first of these that fits, with " in done.stdout
+    done, _ = run_check(run_file, *on_gpu, "--json")
+    memory = json.loads(done.stdout)["gpu_memory"]
+    totals = [memory["bytes"][mode]["total"] for mode in ("none", "selective", "full")]
+    assert memory["pictures"] > 0 and sorted(totals, reverse=True) == totals
+    done, _ = run_check(run_file, *on_gpu, "train.recompute=selective")
+    assert " = weights " in done.stdout and "train.recompute: selective" in done.stdout
+    done, _ = run_check(run_file, "--json")
+    assert json.loads(done.stdout)["gpu_memory"] is None, "nobody knows it in fp32"
+
+
+def test_memory_that_nobody_knows_chooses_nothing(run_file):
+    wrong = ("train.recompute=auto", "train.device=cuda", "data.packing=false")
+    done, _ = run_check(run_file, *wrong)
+    assert done.returncode == 2
+    assert "there is no prediction for train.precision=fp32. Set none, selective" in done.stderr
+    done, _ = run_check(run_file, "train.recompute=auto", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_module_is_the_command(run_file):
     command = [sys.executable, "-m", "ghostvis_mega", "check", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

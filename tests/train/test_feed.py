@@ -1,5 +1,6 @@
 """What a rank gets for a step: the same with and without workers, and only from sound pictures."""
 
+import math
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -97,6 +98,24 @@ def test_ranks_share_the_pictures_of_a_batch(easy_vqa: Path, tmp_path: Path) -> 
             assert torch.equal(window.pixels_N3hw, expected)
             shown = {slot.image_id for micro in mine.micro_batches for slot in micro.images}
             assert tuple(sorted(shown)) == window.dispatch.wanted[rank]
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_the_most_pictures_are_known_before_any_is_read(
+    easy_vqa: Path, tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(easy_vqa, tmp_path, f"tower.window={window}")
+    groups = places(2)
+    encoded = [
+        len(pictures)
+        for batch in read_all(run, easy_vqa, groups)
+        for part in batch.windows
+        for pictures in part.dispatch.encode
+    ]
+    assert min(encoded) < max(encoded), "or any step would do"
+    monkeypatch.setattr("ghostvis_mega.train.feed.load_pixels", None)
+    feed = Feed(run, groups, Dataset.open(easy_vqa / "train.gvd"))
+    assert feed.most_pictures() == math.ceil(1.1 * max(encoded))
 
 
 def test_windows_cut_a_step_and_nothing_else(easy_vqa: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.data.dataset import Dataset
+from ghostvis_mega.engine.memory import predict, unpredictable
 from ghostvis_mega.engine.step import TrainEngine
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.perf.train_bench.results import StepRecord
@@ -39,6 +40,22 @@ class _Newest:
     def on_end(self, summary: Summary) -> None: ...
 
 
+def told_memory(run: RunConfig, world_size: int, *, pictures: int) -> str:
+    """What `memory.predict` says, to stand beside the measured peak.
+
+    Args:
+        run: Settings, `train.recompute` settled.
+        world_size: Number of processes.
+        pictures: Most that a rank encodes at a time.
+    """
+    if why := unpredictable(run, world_size=world_size):
+        return f"not for {why}"
+    mode = run.train.recompute
+    assert mode != "auto", "the engine has settled it"
+    need = predict(run, mode, world_size=world_size, pictures=pictures)
+    return f"{need.total / 2**30:.1f} GiB of a GPU"
+
+
 class OurTrainer:
     """The training loop, step by step.
 
@@ -50,11 +67,13 @@ class OurTrainer:
     """
 
     def __init__(self, run: RunConfig, groups: Groups, *, device: torch.device, watchdog: Watchdog):
-        engine = TrainEngine(run, groups, device=device)
+        feed = Feed(run, groups, Dataset.open(run.data.train))
+        pictures = feed.most_pictures()
+        engine = TrainEngine(run, groups, device=device, pictures=pictures)
         self._newest = _Newest()
         self._loop = Loop(
             engine=engine,
-            feed=Feed(run, groups, Dataset.open(run.data.train)),
+            feed=feed,
             observers=Observers((self._newest,)),
             watchdog=watchdog,
             previewer=None,
@@ -66,7 +85,8 @@ class OurTrainer:
             "layout": f"{groups.degrees.describe()}, {', '.join(stages)}",
             "layers": "Transformer Engine" if device.type == "cuda" else "PyTorch SDPA",
             "DeepSpeed": Path(run.deepspeed.llm).name,
-            "recompute": run.train.recompute,
+            "recompute": engine.run.train.recompute,
+            "memory predicted": told_memory(engine.run, len(groups.places), pictures=pictures),
             "precision": run.train.precision + ("" if run.train.fp8 == "none" else ", FP8 ")
             + ("" if run.train.fp8 == "none" else run.train.fp8),
         }  # fmt: skip

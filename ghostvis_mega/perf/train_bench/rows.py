@@ -182,6 +182,8 @@ def peer_problems(row: Row, run: RunConfig) -> Iterator[str]:
             yield f"{start} trains the LLM, but train.freeze holds llm. Remove it."
     if row.kind == "naive" and run.train.recompute != "none":
         yield f"{start} has no activation checkpointing. Set train.recompute=none."
+    elif run.train.recompute == "auto":
+        yield f"{start} does not choose by memory: train.recompute=auto. Set none or full."
     if row.kind.startswith("hf") and run.train.recompute == "selective":
         yield f"{start} checkpoints whole layers. Set train.recompute to none or full."
     if row.kind == "hf+liger" and importlib.util.find_spec("liger_kernel") is None:

@@ -189,6 +189,7 @@ def test_data_are_those_of_the_rows_that_run(tmp_path) -> None:
     [
         ("x: peer=hf", "data.packing=true. Set data.packing=false"),
         ("x: peer=naive data.packing=false train.recompute=full", "no activation checkpointing"),
+        ("x: peer=hf data.packing=false train.recompute=auto", "Set none or full"),
         ("x: peer=hf data.packing=false parallel.tensor=2", "parallel.tensor=2. Set it to 1"),
         ("x: peer=megatron data.packing=false", "is a text model"),
         ("x: peer=hf data.packing=false model.llm.activation=relu2", "Qwen2.5's layers only"),
