@@ -19,6 +19,7 @@ Examples (GPUs: the output layers of Qwen2.5 1.5B and 7B, about a minute; a CPU:
   python -m ghostvis_mega bench loss
   python -m ghostvis_mega bench loss --processes 4 --rows 16384 --size 3584x152064 --json
   python -m ghostvis_mega bench loss --processes 4 --ranks-per-gpu 4
+  python -m ghostvis_mega bench loss --chunk-mib 512 --chunk-mib 1024 --chunk-mib 1280
   python -m ghostvis_mega bench loss --device cpu --rows 2048 --size 64x152064 --processes 2
 
 \b
@@ -46,6 +47,10 @@ def bench_loss(
     ranks_per_gpu: Annotated[
         int, typer.Option(min=1, help="Ranks that share a GPU, where GPUs are few; slow.")
     ] = 1,
+    chunk_mib: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Scores held at a time; repeatable.  [default: 1280]"),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16.  [default: bf16; CPU: fp32]")
     ] = None,
@@ -78,6 +83,7 @@ def bench_loss(
         tensor=tensor,
         rows=rows or (GPU_ROWS if on_gpu else CPU_ROWS),
         repeats=repeats,
+        chunks_mib=tuple(dict.fromkeys(chunk_mib or ())),
         precision=precision or ("bf16" if on_gpu else "fp32"),
         device="cuda" if on_gpu else "cpu",
         ranks_per_gpu=ranks_per_gpu,
@@ -108,6 +114,7 @@ def _be_a_rank(
     tensor: int,
     rows: int,
     repeats: int,
+    chunks_mib: tuple[int, ...],
     precision: str,
     device: str,
     ranks_per_gpu: int,
@@ -140,6 +147,7 @@ def _be_a_rank(
             rows=rows,
             repeats=repeats,
             progress=world.watchdog.alive,
+            chunks_mib=chunks_mib,
         )
     name = torch.cuda.get_device_name(place) if device == "cuda" else cpu_name()
     where = name if ranks_per_gpu == 1 else f"{name}, shared by {ranks_per_gpu} ranks each"

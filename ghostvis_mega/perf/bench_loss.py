@@ -15,6 +15,7 @@ from ghostvis_mega.data.batch import MicroBatch
 from ghostvis_mega.engine.build import build_chunks
 from ghostvis_mega.model.inputs import ModelInput, model_input
 from ghostvis_mega.model.llm import LLMChunk
+from ghostvis_mega.model.loss_chunks import CHUNK_BYTES
 from ghostvis_mega.parallel.groups import Groups
 from ghostvis_mega.utils.figures import Figure, at_most, measured
 
@@ -106,6 +107,7 @@ def measure_loss(
     rows: int,
     repeats: int,
     progress: Callable[[str], None],
+    chunks_mib: Sequence[int] = (),
 ) -> list[Figure]:
     """Rows of name, value, unit, bar and ok for each output layer; collective.
 
@@ -121,16 +123,20 @@ def measure_loss(
         rows: Trained positions of a micro-batch.
         repeats: Timings of each kind.
         progress: Told what is being done.
+        chunks_mib: Most that the scores of one chunk may take, a fused way each; none: as training
+            has it.
     """
+    fused = {f"fused, {size} MiB": size * MIB for size in chunks_mib} or {"fused": CHUNK_BYTES}
     figures = []
     for run in runs:
         llm = run.model.llm
         name = str(LayerSize(llm.hidden_size, llm.vocab_size))
         bench = _make(run, groups, device=device, rows=rows)
         found: dict[str, tuple[torch.Tensor, ...]] = {}
-        for way in ("unfused", "fused"):
+        for way in ("unfused", *fused):
             progress(f"{way} loss of {name}")
-            bench.chunk.fused_loss = way == "fused"
+            bench.chunk.fused_loss = way in fused
+            bench.chunk.loss_chunk_bytes = fused.get(way, CHUNK_BYTES)
             try:
                 figures += _measure(bench, f"{name}, {way}", repeats=repeats, progress=progress)
                 found[way] = _outcome(bench)
@@ -139,9 +145,12 @@ def measure_loss(
                     raise  # the other ranks wait in a collective
                 total = torch.cuda.get_device_properties(device).total_memory / MIB
                 figures.append(measured(f"{name}, {way}: does not fit into", total, "MiB"))
-        if len(found) == 2:
-            figures += _differences(name, found, bar=_BARS[run.train.precision], device=device)
-        del bench, found
+        truth = found.pop("unfused", None)
+        for way, outcome in found.items() if truth is not None else ():
+            label = name if len(fused) == 1 else f"{name}, {way}"
+            bar = _BARS[run.train.precision]
+            figures += _differences(label, outcome, truth, bar=bar, device=device)
+        del bench, found, truth
     return figures
 
 
@@ -257,7 +266,8 @@ def _outcome(bench: _Bench) -> tuple[torch.Tensor, ...]:
 
 def _differences(
     name: str,
-    found: dict[str, tuple[torch.Tensor, ...]],
+    outcome: tuple[torch.Tensor, ...],
+    truth: tuple[torch.Tensor, ...],
     *,
     bar: float,
     device: torch.device,
@@ -265,7 +275,7 @@ def _differences(
     parts = ("loss", "gradient of the hidden states", "gradient of the matrix")
     distances = [
         float((one.float() - other.float()).norm() / other.float().norm())
-        for one, other in zip(found["fused"], found["unfused"], strict=True)
+        for one, other in zip(outcome, truth, strict=True)
     ]
     return [
         at_most(f"{name}: {part}, relative difference", distance, "", bar)

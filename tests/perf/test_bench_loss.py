@@ -48,6 +48,33 @@ def test_each_way_is_measured_and_both_agree(groups: Groups) -> None:
     assert 80 < found[f"{SIZE}, unfused: {KINDS[3][0]}"]["value"] < 400
 
 
+def test_several_sizes_of_chunks_stand_side_by_side(groups: Groups) -> None:
+    run, shapes = bench_run(SIZE, tensor=1, precision="fp32", device="cpu"), []
+    honest = TorchLossKernels.gradient_
+
+    def noted(kernels: TorchLossKernels, logits_RV: torch.Tensor, labels_R: torch.Tensor, **rest):
+        shapes.append(len(logits_RV))
+        honest(kernels, logits_RV, labels_R, **rest)
+
+    with mock.patch.object(TorchLossKernels, "gradient_", noted):
+        figures = measure_loss(
+            [run],
+            groups,
+            device=torch.device("cpu"),
+            rows=600,
+            repeats=1,
+            progress=lambda _: None,
+            chunks_mib=(20, 60),
+        )
+    # A row of scores takes 156 KiB.
+    assert {max(shapes), *shapes} == {128, 88, 320, 280}
+    found = {figure["name"]: figure for figure in figures}
+    for size in (20, 60):
+        for part in PARTS:
+            assert found[f"{SIZE}, fused, {size} MiB: {part}, relative difference"]["ok"]
+        assert found[f"{SIZE}, fused, {size} MiB: {KINDS[0][0]}"]["value"] > 0
+
+
 def test_bf16_is_held_to_a_bar_of_its_own(groups: Groups) -> None:
     found = rows_of(groups, precision="bf16", rows=50)
     rows = [found[f"{SIZE}: {part}, relative difference"] for part in PARTS]
@@ -75,6 +102,7 @@ def test_a_wrong_gradient_is_seen(groups: Groups, precision: str) -> None:
         (["--size", "0x100"], "'0x100' is not HIDDENxVOCABULARY"),
         (["--size", "64x1001", "--processes", "2"], "does not divide over 2 processes"),
         (["--device", "tpu"], "'tpu' is not auto, cpu or cuda"),
+        (["--chunk-mib", "0"], "greater than or equal to 1"),
         (["--precision", "fp16"], "'fp16' is not fp32 or bf16"),
         (["--device", "cpu", "--ranks-per-gpu", "2"], "no GPU to share"),
     ],
