@@ -13,6 +13,7 @@ from ghostvis_mega.cli.bench_memory import split_mode
 from ghostvis_mega.cli.bench_train import SIGNALLED, TARGET, load_rows
 from ghostvis_mega.cli.output import AsJson, conclude, print_rows, refusing_settings, scratch
 from ghostvis_mega.config.load import load_run_config
+from ghostvis_mega.config.schema import RunConfig
 from ghostvis_mega.perf.train_bench.launches import Order, run_row
 from ghostvis_mega.perf.train_bench.longest import (
     LENGTHS_OF,
@@ -24,6 +25,7 @@ from ghostvis_mega.perf.train_bench.longest import (
     figures_of,
     find_longest,
     need_of,
+    prediction,
     row_of,
     settings_of,
 )
@@ -172,6 +174,10 @@ class _Longest:
             raise ConfigError([f"--save: {error}."]) from error
 
     def _search(self, mode: Mode, search: Search) -> None:
+        run, replicas, _ = self._settled(mode)
+        search = dataclasses.replace(
+            search, predicted=prediction(run, processes=self.processes, replicas=replicas)
+        )
         for one in find_longest(search, lambda length: self._attempt(mode, length)):
             self.tries.append((mode, one))
             for line in summary_lines(one.result):
@@ -188,12 +194,17 @@ class _Longest:
             device=device,
         )
 
-    def _order(self, mode: Mode, length: int, *, number: int) -> Order:
-        """What a try is told; its data are written, those of the try before removed."""
+    def _settled(self, mode: Mode) -> tuple[RunConfig, int, Path]:
+        """A mode's settings for any length, its replicas, and the file of the size."""
         file = Plan(settings=settings_of(self.size)).write(self.folder)
         run = load_run_config(file, [*self.overrides, *mode.settings])
         split = run.parallel
         replicas = max(1, self.processes // (split.tensor * split.pipeline * split.context))
+        return run, replicas, file
+
+    def _order(self, mode: Mode, length: int, *, number: int) -> Order:
+        """What a try is told; its data are written, those of the try before removed."""
+        run, replicas, file = self._settled(mode)
         data = self.folder / "data"
         need = need_of(length, replicas=replicas, vocab_size=run.model.llm.vocab_size, folder=data)
         row = row_of(mode, need, replicas=replicas)

@@ -1,15 +1,18 @@
 """The longest sequence that fits into the memory of the devices, found by trying.
 
 Memory grows about linearly with the length of a sequence, as attention never holds its scores, so
-two lengths that fit tell where the end should be; trying goes on there until the longest one that
-fits and the shortest one that does not are close.
+two lengths that fit tell where the end should be, and one does where memory can be predicted;
+trying goes on there until the longest one that fits and the shortest one that does not are close.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghostvis_mega.config.schema import RunConfig
+from ghostvis_mega.engine.memory import predict, unpredictable
 from ghostvis_mega.perf.train_bench.plans import TextNeed
 from ghostvis_mega.perf.train_bench.preset_parts import (
     DEEPSPEED,
@@ -64,6 +67,8 @@ class Search:
     first: int
     most: int
     grain: int
+    predicted: Callable[[int], int] | None = None
+    """Bytes that a length takes, if they can be told."""
 
     def following(self, tries: Sequence[Try]) -> int | None:
         """The length to try after these; None: the answer is there, or a try is broken."""
@@ -97,6 +102,8 @@ class Search:
     def _guess(self, tries: Sequence[Try]) -> int | None:
         """Where the line through the two longest lengths that fit meets the device's memory."""
         fits = sorted((one for one in tries if one.fits), key=lambda one: one.length)[-2:]
+        if len(fits) == 1 and self.predicted is not None:
+            return self._where_predicted(fits[0], self.predicted)
         if len(fits) < 2 or any(one.result.allocated_bytes is None for one in fits):
             return None
         (short, less), (long, more) = ((one.length, one.result.allocated_bytes) for one in fits)
@@ -106,6 +113,16 @@ class Search:
         return self._round(
             long + int((USABLE * device_bytes - more) * (long - short) / (more - less))
         )
+
+    def _where_predicted(self, one: Try, predicted: Callable[[int], int]) -> int | None:
+        """The longest length that the prediction, put right at `one`, has in the device."""
+        measured_bytes, device_bytes = one.result.allocated_bytes, one.result.device_bytes
+        if measured_bytes is None or device_bytes is None:
+            return None
+        room = USABLE * device_bytes - (measured_bytes - predicted(one.length))
+        lengths = range(one.length, max(self.most, one.length) + 1, self.grain)
+        place = bisect.bisect_right(lengths, room, key=predicted)
+        return self._round(lengths[max(place - 1, 0)])
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,29 @@ def settings_of(size: str) -> dict[str, Any]:
     base = base_settings("vlm_tiny", precision="bf16" if has_cuda_device() else "fp32")
     base["model"] |= {"vision": None, "connector": None, "llm": {"vocab_size": TINY_VOCABULARY}}
     return base
+
+
+def prediction(run: RunConfig, *, processes: int, replicas: int) -> Callable[[int], int] | None:
+    """Bytes of a rank by the length of a sequence; None where they cannot be told.
+
+    Args:
+        run: Settings of a mode, of any length.
+        processes: Ranks of a try.
+        replicas: Sequences of a step.
+    """
+    mode = run.train.recompute
+    if mode == "auto" or unpredictable(run, world_size=processes):
+        return None
+
+    def total(length: int) -> int:
+        parts = {
+            "data": run.data.model_copy(update={"seq_length": length}),
+            "batch": run.batch.model_copy(update={"global_size": replicas}),
+        }
+        there = run.model_copy(update=parts)
+        return predict(there, mode, world_size=processes, pictures=0).total
+
+    return total
 
 
 def need_of(length: int, *, replicas: int, vocab_size: int, folder: Path) -> TextNeed:

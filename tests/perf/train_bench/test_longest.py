@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from ghostvis_mega.cli import bench_longest as command
 from ghostvis_mega.cli.main import app
+from ghostvis_mega.config.load import load_run_config
 from ghostvis_mega.perf.train_bench.launches import Order
 from ghostvis_mega.perf.train_bench.longest import (
     CLOSE,
@@ -20,7 +22,11 @@ from ghostvis_mega.perf.train_bench.longest import (
     default_modes,
     figures_of,
     find_longest,
+    prediction,
+    settings_of,
 )
+from ghostvis_mega.perf.train_bench.plans import Plan
+from ghostvis_mega.perf.train_bench.preset_parts import DEEPSPEED
 from ghostvis_mega.perf.train_bench.results import RowResult, StepRecord, failed
 from ghostvis_mega.perf.train_bench.rows import Row
 
@@ -78,6 +84,34 @@ def test_the_line_saves_tries() -> None:
         len(list(find_longest(SEARCH, Device(500_000, tells=tells)))) for tells in (True, False)
     )
     assert by_line < by_halves
+
+
+@pytest.mark.parametrize("longest", [20_000, 61_000, 130_000, 500_000])
+def test_a_prediction_saves_tries_and_changes_nothing(longest: int) -> None:
+    device, told = Device(longest), Device(longest, base_gib=17.0)
+
+    def predicted(length: int) -> int:
+        share = (length / longest) ** 1.05
+        return int((told.base_gib + (77.0 - told.base_gib) * share) * GIB)
+
+    search = replace(SEARCH, predicted=predicted)
+    tries = list(find_longest(search, device))
+    fits, over = answer(tries)
+    assert fits <= longest < over <= fits + max(SEARCH.grain, fits // CLOSE)
+    assert len(tries) <= min(5, len(list(find_longest(SEARCH, device))))
+    wrong = replace(SEARCH, predicted=lambda length: 40 * predicted(length))
+    fits, over = answer(list(find_longest(wrong, device)))
+    assert fits <= longest < over <= fits + max(SEARCH.grain, fits // CLOSE)
+
+
+def test_the_prediction_of_a_mode_is_that_of_its_settings(tmp_path: Path) -> None:
+    file = Plan(settings=settings_of("1.5b")).write(tmp_path)
+    again = load_run_config(file, ["train.recompute=full"])
+    total = prediction(again, processes=1, replicas=1)
+    # docs/performance.md: 62.3 GiB.
+    assert total is not None and total(196_608) / GIB == pytest.approx(62.3, rel=0.01)
+    host = load_run_config(file, [f"deepspeed.llm={DEEPSPEED / 'zero2_offload.json'}"])
+    assert prediction(host, processes=1, replicas=1) is None
 
 
 def test_nothing_longer_than_asked_for_is_tried() -> None:
