@@ -212,8 +212,9 @@ def _add_memory(table: Table, memory: dict[str, Any], *, chosen: str) -> None:
     for mode, parts in memory["bytes"].items():
         line = f"{parts['total'] / 2**30:,.1f} GiB"
         if mode == chosen:
-            held = (f"{name} {size / 2**30:,.1f}" for name, size in parts.items() if size)
-            line += f" = {' + '.join(text for text in held if not text.startswith('total'))}"
+            held = {name: size for name, size in parts.items() if size and name != "total"}
+            told = " + ".join(f"{name} {size / 2**30:,.1f}" for name, size in held.items())
+            line += f" = {told}"
         table.add_row(f"  {mode}", line)
 
 
